@@ -1,0 +1,1 @@
+"""Data sources, the synthetic default, photo reading, transforms and loaders."""
