@@ -1,0 +1,1 @@
+"""One small parser per official data layout; each gives a :class:`~.listing.Listing` and opens no photo."""

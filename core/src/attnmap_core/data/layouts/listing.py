@@ -1,0 +1,159 @@
+"""What every layout parser gives: rows, found without opening a photo; and how to complain about files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+
+from ...boxes import xyxy_to_xywh
+from ...errors import InputError
+
+BoxXYWH: TypeAlias = tuple[float, float, float, float]
+
+
+@dataclass(slots=True)
+class Record:
+    """One photo of a listing.
+
+    Attributes:
+        image_id: names the photo in lists and messages: its path below the data set's image folder.
+        path: where the file lies.
+        label: class index.
+        boxes_xywh: pixels, numbers as the annotation has them.
+        masks: mask files, or PNG bytes, one an instance.
+        ignore: mask of pixels that count for nothing.
+        size: ``(width, height)`` if the annotations state it.
+    """
+
+    image_id: str
+    path: str
+    label: int
+    boxes_xywh: tuple[BoxXYWH, ...] = ()
+    masks: tuple[str | bytes, ...] = ()
+    ignore: str | bytes | None = None
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """A data set as its layout describes it.
+
+    Attributes:
+        name: the layout.
+        root: the folder, for messages.
+        labels: class names by index, the same for all splits.
+        splits: a reader for each official split; ``{"all": reader}`` where the layout has none.
+        upright: whether boxes refer to the photo as turned by its EXIF orientation. The classic benchmarks
+            were annotated, and are evaluated, on the stored pixels.
+        hints: for a split that is not there, how to get it.
+    """
+
+    name: str
+    root: Path
+    labels: list[str]
+    splits: Mapping[str, Callable[[], list[Record]]]
+    upright: bool = True
+    hints: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def has_official_splits(self) -> bool:
+        return "all" not in self.splits
+
+
+class FolderIndex:
+    """Which files exist, asked for millions of paths: every folder is listed once, no file is touched."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, frozenset[str]] = {}
+        self._below: dict[str, dict[str, str]] = {}
+
+    def names(self, folder: str) -> frozenset[str]:
+        """Names of everything in ``folder``; none if there is no such folder."""
+        if folder not in self._names:
+            self._names[folder] = frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
+        return self._names[folder]
+
+    def has(self, path: str) -> bool:
+        folder, name = os.path.split(path)
+        return name in self.names(folder)
+
+    def find_below(self, folder: str, name: str) -> str | None:
+        """Path of ``folder/name`` or, where files were sorted into subfolders, of ``folder/*/name``."""
+        if name in self.names(folder):
+            return os.path.join(folder, name)
+        if folder not in self._below:
+            subfolders = (os.path.join(folder, entry) for entry in sorted(self.names(folder)))
+            self._below[folder] = {
+                file: os.path.join(subfolder, file)
+                for subfolder in subfolders
+                for file in self.names(subfolder)
+            }
+        return self._below[folder].get(name)
+
+
+def existing_folder(path: Path, what: str) -> Path:
+    """``path`` if it is a folder with something in it.
+
+    Raises:
+        InputError: if it is missing, a file, or empty.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such folder, expected {what}; check the path")
+    if not path.is_dir():
+        raise InputError(f"{path}: is a file, expected a folder with {what}; name the folder")
+    with os.scandir(path) as entries:
+        if next(entries, None) is None:
+            raise InputError(f"{path}: empty folder, expected {what}; check the path")
+    return path
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file that are not blank, with their 1-based numbers.
+
+    Raises:
+        InputError: if the file is missing or not UTF-8 text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; the layout needs it, check the path") from None
+    except (IsADirectoryError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a text file ({error}); download it again") from None
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line and not line.isspace():
+            yield number, line
+
+
+def bad_row(path: Path, number: int, row: str, expected: str) -> InputError:
+    """The error for a malformed row, to be raised by the caller."""
+    return InputError(f"{path}:{number}: expected '{expected}', found '{row[:80]}'; correct the row")
+
+
+def corners_to_xywh(corners_xyxy: Sequence[Sequence[float]]) -> tuple[BoxXYWH, ...]:
+    """Boxes for a :class:`Record` from ``x0 y0 x1 y1`` rows."""
+    if not corners_xyxy:
+        return ()
+    rows: list[list[float]] = xyxy_to_xywh(np.asarray(corners_xyxy, dtype=np.float64)).tolist()
+    return tuple((x, y, width, height) for x, y, width, height in rows)
+
+
+def check_files(records: Iterable[Record], source: Path) -> None:
+    """Check that every photo and mask file of the records exists.
+
+    Raises:
+        InputError: that names the first missing file and the annotation that speaks of it.
+    """
+    index = FolderIndex()
+    for record in records:
+        files = (record.path, *record.masks, record.ignore)
+        missing = next((file for file in files if isinstance(file, str) and not index.has(file)), None)
+        if missing is not None:
+            raise InputError(
+                f"{missing}: no such file, but {source} has a row for {record.image_id}; "
+                "add the file or remove the row"
+            )

@@ -1,0 +1,825 @@
+"""The training loop: it walks a :class:`Task` over data and never asks which paper it runs.
+
+A run folder gets ``history.jsonl`` (one line per log and per epoch), ``checkpoints/``, ``model/`` (the last
+weights) and, where a metric selects, ``best/``. Interrupted at any moment, also by ``kill -9``, and resumed with
+the same number of processes, a run ends with the same weights and numbers, bit for bit, as one never stopped.
+(On CPUs, and on GPUs as far as their kernels repeat themselves; with three or more processes also set
+``find_unused_parameters``, which keeps the layout of the gradient exchange from changing after its first step.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fnmatch
+import importlib.util
+import json
+import logging
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .checkpoint import (
+    RandomState,
+    check_same_run,
+    disk_errors,
+    list_checkpoints,
+    load_checkpoint,
+    random_state,
+    read_checkpoint_state,
+    save_checkpoint,
+    set_random_state,
+)
+from .data.loaders import (
+    Batch,
+    SampleDataset,
+    Step,
+    StreamDataset,
+    TrainSteps,
+    gather_objects,
+    import_training_extra,
+)
+from .errors import InputError
+from .files import atomic_folder, write_text
+from .recipes import plain_values
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # pyright: ignore[reportMissingTypeStubs]
+
+logger = logging.getLogger(__name__)
+
+
+# --- Settings -----------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Fields of a training run; a package adds its own by inheriting.
+
+    Values are plain (numbers, strings, paths, tuples and mappings of them), so that a recipe, a command line and
+    a checkpoint can all say them.
+    """
+
+    may_change_on_resume: ClassVar[frozenset[str]] = frozenset(
+        {"output_dir", "workers", "threads", "save_every", "keep_checkpoints", "log_every", "tracker"}
+    )
+    """Fields without influence on the weights: a resumed run may give other values."""
+
+    data: str = "synthetic"
+    """Data source: a known name, a folder, or hf://owner/name."""
+    data_options: dict[str, bool | int | float | str] = field(default_factory=dict[str, bool | int | float | str])
+    """Options of the data source."""
+    output_dir: Path = Path("run")
+    """Run folder."""
+    seed: int = 26
+    """Seed of initial weights, order, augmentation and dropout."""
+
+    epochs: int = 30
+    """Passes over the training images."""
+    batch_size: int = 32
+    """Images per forward pass of one process."""
+    accumulate: int = 1
+    """Forward passes per optimizer step."""
+    eval_batch_size: int = 64
+    """Images per forward pass of one process in evaluation."""
+    evaluate_every: int = 1
+    """Evaluate after every so many epochs, and after the last."""
+
+    optimizer: str = "adamw"
+    """Any optimizer of timm: adamw, sgd, lion, lookahead_adamw, ..."""
+    lr: float = 5e-5
+    """Learning rate, not scaled by the batch size."""
+    weight_decay: float = 0.05
+    """Not applied to 1-D tensors (biases, norms, scalars) nor to what the model or no_decay exempts."""
+    momentum: float = 0.9
+    """For optimizers that have it."""
+    betas: tuple[float, float] | None = None
+    """The optimizer's own where not given; AdamW: 0.9 0.999."""
+    eps: float | None = None
+    """The optimizer's own where not given; AdamW: 1e-8."""
+    layer_decay: float | None = None
+    """Multiply the learning rate by this for each layer further from the output."""
+    lr_scales: dict[str, float] = field(default_factory=dict[str, float])
+    """Factor of the learning rate by parameter name pattern, such as backbone.* 0.1; factors multiply."""
+    no_decay: tuple[str, ...] = ()
+    """Further parameter name patterns without weight decay."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient of all parameters together."""
+
+    schedule: Literal["constant", "cosine", "tanh", "poly", "step", "multistep"] = "constant"
+    """How the learning rate goes after the warm-up."""
+    schedule_per_step: bool = False
+    """Change the learning rate at every optimizer step instead of every epoch."""
+    warmup_epochs: float = 0
+    """Length of the linear warm-up, part of epochs."""
+    warmup_lr: float = 1e-6
+    """Learning rate at the start of the warm-up."""
+    min_lr: float = 0.0
+    """Where cosine, tanh and poly end."""
+    decay_epochs: tuple[float, ...] = (30,)
+    """step: the interval; multistep: all epochs (0-based) that begin with a lower learning rate."""
+    decay_rate: float = 0.1
+    """step and multistep: factor of each decay; poly: the power."""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Number format inside the model, in training and evaluation; weights stay float32."""
+    ema_decay: float | None = None
+    """Keep a moving average of the weights with this decay; it is what gets evaluated and saved."""
+    ema_warmup: bool = False
+    """Let the average follow quickly at first (for runs that are short for the decay)."""
+    compile: bool = False
+    """torch.compile the model."""
+    find_unused_parameters: bool = False
+    """For several processes: allow parameters that take no part in a step."""
+
+    workers: int = 4
+    """Processes that load images, for each training process; 0 loads in the training process."""
+    threads: int = 0
+    """CPU threads of a training process; 0 leaves PyTorch's choice."""
+    deterministic: bool = True
+    """Choose kernels that give the same bits every time, where there are such."""
+
+    save_every: int = 0
+    """Optimizer steps between checkpoints; 0 saves at the end of each epoch only."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep."""
+    log_every: int = 50
+    """Optimizer steps between log lines; a loss that is not finite is also noticed then."""
+    select_by: str = "last"
+    """Metric that chooses the best model, or last."""
+    select_mode: Literal["max", "min"] = "max"
+    """Whether a larger or a smaller metric is better."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Where to send the numbers besides history.jsonl."""
+
+    def check(self) -> None:
+        """Raise :class:`InputError` for values outside of their range; :func:`train` calls it."""
+        at_least_one = ("epochs", "batch_size", "accumulate", "eval_batch_size", "evaluate_every")
+        for name in (*at_least_one, "keep_checkpoints", "log_every"):
+            _expect(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("workers", "threads", "save_every", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr"):
+            _expect(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        _expect("lr", self.lr, 0 < self.lr < math.inf, "a number above 0")
+        _expect("seed", self.seed, 0 <= self.seed < 2**31, "0 to 2147483647")
+        for name in ("clip_grad", "eps"):
+            value: float | None = getattr(self, name)
+            _expect(name, value, value is None or value > 0, "a number above 0 or none")
+        _expect("layer_decay", self.layer_decay, self.layer_decay is None or 0 < self.layer_decay <= 1, "0 to 1")
+        _expect("ema_decay", self.ema_decay, self.ema_decay is None or 0 <= self.ema_decay < 1, "0 to below 1")
+        _expect(
+            "decay_epochs",
+            self.decay_epochs,
+            all(epoch > 0 for epoch in self.decay_epochs) and len(self.decay_epochs) > 0,
+            "one epoch above 0 or more",
+        )
+
+
+def _expect(name: str, value: Any, holds: bool, expected: str) -> None:
+    if not holds:
+        raise InputError(f"{name} {value}: expected {expected}; change --{name.replace('_', '-')}")
+
+
+# --- What a run is made of ----------------------------------------------------------------------------------
+
+
+class Task(Protocol):
+    """A method, seen from the loop: batch in, losses out.
+
+    A task may also have ``param_groups(model, config)``, which returns optimizer groups with plain values
+    (``params``, ``weight_decay``, ``lr_scale``) and replaces :func:`param_groups`.
+    """
+
+    def __call__(self, model: nn.Module, batch: Batch, /) -> dict[str, Tensor]:
+        """Run the model on a batch.
+
+        Args:
+            model: as wrapped for the launch; call it, do not reach into it.
+            batch: see :func:`attnmap_core.data.loaders.collate`, tensors on the model's device.
+
+        Returns:
+            Scalars: ``"loss"``, the mean over the samples of the batch, with gradient, and the parts to report,
+            the same names every time.
+        """
+        ...
+
+
+class Schedule(Protocol):
+    """Sets the learning rates of an optimizer; every scheduler of timm is one.
+
+    The rate must be a function of the argument alone: nothing else of it is saved for a resume.
+    """
+
+    def step(self, epoch: int, /) -> None:
+        """Called as a 0-based epoch begins."""
+
+    def step_update(self, num_updates: int, /) -> None:
+        """Called before each optimizer step with the number of steps done."""
+
+
+MakeSchedule: TypeAlias = Callable[[torch.optim.Optimizer, Any, "int | None"], Schedule]
+Evaluate: TypeAlias = "Callable[[nn.Module, Accelerator], Mapping[str, float]]"
+SaveModel: TypeAlias = Callable[[nn.Module, Path], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What :func:`train` did.
+
+    Attributes:
+        history: the records of ``history.jsonl``, see :func:`train`.
+        best: ``{"epoch", "metric", "value"}`` of the model in ``best/``; None where ``select_by`` is ``"last"``.
+        steps: optimizer steps, over all resumes.
+        seconds: time spent, over all resumes.
+    """
+
+    history: list[dict[str, Any]]
+    best: dict[str, Any] | None
+    steps: int
+    seconds: float
+
+
+def train(
+    task: Task,
+    model: nn.Module,
+    data: SampleDataset | StreamDataset,
+    config: TrainConfig,
+    run_dir: str | Path,
+    *,
+    evaluate: Evaluate | None = None,
+    make_schedule: MakeSchedule | None = None,
+    save_model: SaveModel | None = None,
+    resume: bool = False,
+) -> TrainResult:
+    """Train ``model`` and leave everything about it in ``run_dir``.
+
+    The same call works in one process and under ``accelerate launch``, which decides device and processes.
+    ``model`` is trained in place; ``run_dir/model`` holds what is meant to be used, which with ``ema_decay`` is
+    the averaged weights.
+
+    Records of the history have ``kind`` ``"log"`` (means since the last one) or ``"epoch"`` (means of the epoch,
+    with ``metrics``), ``epoch`` counted from 1, ``step``, ``lr`` (before scales), ``loss`` and the task's parts;
+    ``images_per_second`` and ``seconds`` are all that differs between two runs of one configuration.
+
+    Args:
+        task: the method.
+        model: with initial or pretrained weights, the same in every process.
+        data: training samples with their transform.
+        config: the settings.
+        run_dir: the run folder; made where missing.
+        evaluate: ``evaluate(model, accelerator)`` gives metrics by name. It runs in every process with the model
+            in eval mode, without distributed wrapper. What it draws from random generators does not matter.
+        make_schedule: ``make_schedule(optimizer, config, steps_per_epoch)``; by default timm's, as configured.
+            ``steps_per_epoch`` is None for a stream.
+        save_model: ``save_model(model, folder)`` writes a model folder, for example by ``save_pretrained``. It
+            runs in the main process; without it, no model folder is written.
+        resume: go on from the newest checkpoint in ``run_dir``, or begin where there is none.
+
+    Raises:
+        InputError: for settings that cannot work, a loss that is not finite (nothing of that step is saved), a
+            full disk (older checkpoints stay), or a checkpoint of another configuration or process count.
+    """
+    config.check()
+    if config.select_by != "last" and evaluate is None:
+        raise InputError(f"select_by {config.select_by}: this run has no evaluation; use last")
+    accelerator = start_accelerator(config, run_dir)
+    with _torch_settings(config, accelerator.device):
+        run = _Run(task, model, data, config, Path(run_dir), accelerator, evaluate, make_schedule, save_model)
+        if resume:
+            run.resume()
+        return run.finish()
+
+
+# --- Optimizer and schedule ---------------------------------------------------------------------------------
+
+
+def param_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """Trainable parameters by weight decay and learning-rate scale.
+
+    No decay for tensors of at most one dimension, for names in ``config.no_decay``, and for what any submodule
+    with a ``no_weight_decay()`` names. Scales come from ``config.lr_scales`` and ``config.layer_decay``.
+
+    Raises:
+        InputError: if a pattern matches no parameter, or layer decay meets a model without ``group_matcher``.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> for group in param_groups(model, TrainConfig(lr_scales={"0.*": 0.1})):
+        ...     print(len(group["params"]), group["weight_decay"], group["lr_scale"])
+        1 0.05 0.1
+        1 0.0 0.1
+        1 0.05 1.0
+        1 0.0 1.0
+    """
+    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    for pattern in (*config.no_decay, *config.lr_scales):
+        if not fnmatch.filter(parameters, pattern):
+            close = difflib.get_close_matches(pattern, parameters, n=1, cutoff=0)
+            raise InputError(f"{pattern}: matches no parameter; expected names such as {', '.join(close)}")
+    no_decay = [*config.no_decay]
+    for prefix, module in model.named_modules():
+        exempt: Callable[[], set[str]] = getattr(module, "no_weight_decay", set[str])
+        no_decay += [f"{prefix}.{name}" if prefix else name for name in sorted(exempt())]
+    layer_scales = _layer_scales(model, config.layer_decay)
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        exempted = parameter.ndim <= 1 or any(fnmatch.fnmatch(name, pattern) for pattern in no_decay)
+        decay = 0.0 if exempted else config.weight_decay
+        scale = layer_scales.get(name, 1.0)
+        scale *= math.prod(s for pattern, s in config.lr_scales.items() if fnmatch.fnmatch(name, pattern))
+        group = groups.setdefault((decay, scale), {"params": [], "weight_decay": decay, "lr_scale": scale})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _layer_scales(model: nn.Module, layer_decay: float | None) -> dict[str, float]:
+    if layer_decay is None:
+        return {}
+    from timm.models import group_parameters
+
+    matcher: Any = getattr(model, "group_matcher", None)
+    if matcher is None:
+        raise InputError(
+            f"layer_decay {layer_decay}: {type(model).__name__} does not tell its layers (group_matcher); "
+            "use lr_scales instead"
+        )
+    layers: dict[str, int] = group_parameters(model, matcher(coarse=False), reverse=True)
+    last = max(layers.values())
+    return {name: layer_decay ** (last - layer) for name, layer in layers.items()}
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer that ``config`` names, with the options among its fields that it knows."""
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    name = config.optimizer.lower()
+    known: list[Any] = list_optimizers()
+    if name.removeprefix("lookahead_") not in known:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0)
+        raise InputError(f"optimizer {config.optimizer}: timm has none of that name; did you mean {close[0]}?")
+    given = {"betas": config.betas, "eps": config.eps}
+    return create_optimizer_v2(
+        groups,
+        name,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        **{option: value for option, value in given.items() if value is not None},
+    )
+
+
+def timm_schedule(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int | None
+) -> Schedule:
+    """The schedule that the fields of ``config`` describe.
+
+    Raises:
+        InputError: if it should change at every step of a stream, whose length is not known.
+    """
+    from timm.scheduler import create_scheduler_v2
+
+    if config.schedule_per_step and steps_per_epoch is None:
+        raise InputError("schedule_per_step: a stream has no known length; let the schedule change every epoch")
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched="step" if config.schedule == "constant" else config.schedule,
+        num_epochs=config.epochs,
+        decay_epochs=config.decay_epochs[0],
+        decay_milestones=list(config.decay_epochs),  # pyright: ignore[reportArgumentType] (timm says int)
+        decay_rate=1.0 if config.schedule == "constant" else config.decay_rate,
+        min_lr=config.min_lr,
+        warmup_lr=config.warmup_lr,
+        warmup_epochs=config.warmup_epochs,  # pyright: ignore[reportArgumentType]
+        step_on_epochs=not config.schedule_per_step,
+        updates_per_epoch=steps_per_epoch or 0,
+    )
+    assert schedule is not None
+    return schedule
+
+
+# --- Launch -------------------------------------------------------------------------------------------------
+
+
+def start_accelerator(config: TrainConfig, run_dir: str | Path) -> Accelerator:
+    """The :class:`accelerate.Accelerator` of a run: device and processes by the launch, the rest by ``config``.
+
+    Raises:
+        InputError: if accelerate or the tracker is not installed, or the device cannot do the precision.
+    """
+    accelerate = import_training_extra("accelerate")
+    if config.tracker != "none":
+        if importlib.util.find_spec(config.tracker) is None:
+            raise InputError(f"tracker {config.tracker}: not installed; run: pip install {config.tracker}")
+        if config.tracker not in [kind.value for kind in accelerate.utils.LoggerType]:
+            raise InputError(f"tracker {config.tracker}: not known to this accelerate; pip install -U accelerate")
+    device: torch.device = accelerate.PartialState().device
+    if config.mixed_precision == "fp16" and device.type == "cpu":
+        raise InputError("mixed_precision fp16: needs a GPU and this run is on the CPU; use bf16 or no")
+    # Accelerate keeps one precision per process; a second run in it may ask for another.
+    shared: Any = accelerate.state.AcceleratorState
+    if shared._shared_state and shared().mixed_precision != config.mixed_precision:
+        shared._reset_state()
+    try:
+        return accelerate.Accelerator(
+            mixed_precision=config.mixed_precision,
+            # The loop weighs and accumulates by itself: an environment variable must not divide once more.
+            gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(num_steps=1),
+            log_with=None if config.tracker == "none" else config.tracker,
+            project_dir=str(run_dir),
+            kwargs_handlers=[
+                accelerate.DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)
+            ],
+        )
+    except ValueError as error:
+        raise InputError(f"mixed_precision {config.mixed_precision}: {str(error).splitlines()[0]}") from None
+
+
+@contextlib.contextmanager
+def _torch_settings(config: TrainConfig, device: torch.device) -> Generator[None]:
+    """Threads and determinism for the time of a run."""
+    cudnn: Any = torch.backends.cudnn
+    before = torch.get_num_threads(), cudnn.deterministic, cudnn.benchmark
+    algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.deterministic:
+        if device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        cudnn.deterministic, cudnn.benchmark = True, False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        cudnn.deterministic, cudnn.benchmark = before[1:]
+        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filling
+
+
+# --- The loop -----------------------------------------------------------------------------------------------
+
+
+class _Run:
+    """One run: its parts, its position, and what happens at each step and epoch."""
+
+    def __init__(
+        self,
+        task: Task,
+        model: nn.Module,
+        data: SampleDataset | StreamDataset,
+        config: TrainConfig,
+        folder: Path,
+        accelerator: Accelerator,
+        evaluate: Evaluate | None,
+        make_schedule: MakeSchedule | None,
+        save_model: SaveModel | None,
+    ) -> None:
+        self.task, self.config, self.folder, self.accelerator = task, config, folder, accelerator
+        self.evaluate, self.save_model = evaluate, save_model
+        self.steps = TrainSteps(
+            data,
+            config.batch_size,
+            accumulate=config.accumulate,
+            seed=config.seed,
+            processes=accelerator.num_processes,
+            process=accelerator.process_index,
+            workers=config.workers,
+            pin_memory=accelerator.device.type == "cuda",
+            all_sum=lambda n: sum(gather_objects(accelerator, n)),
+        )
+        groups = getattr(task, "param_groups", param_groups)(model, config)
+        optimizer = make_optimizer(groups, config)
+        self.schedule = (make_schedule or timm_schedule)(optimizer, config, self.steps.steps)
+        if config.compile:
+            model.compile()
+        self.model: nn.Module
+        self.optimizer: Any
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.bare: nn.Module = accelerator.unwrap_model(self.model)  # no distributed wrapper; precision kept
+        self.ema = self._make_ema() if config.ema_decay is not None else None
+
+        self.epoch = 0  # of the next step, 0-based
+        self.step = 0  # next optimizer step within the epoch
+        self.updates = 0  # optimizer steps done in all
+        self.best: dict[str, Any] | None = None
+        self.history: list[dict[str, Any]] = []
+        self.means = _Means()
+        self.unread: list[tuple[int, Tensor]] = []  # images and losses of steps not yet looked at
+        self.names: list[str] = []
+        self.seconds_before = 0.0
+        self.began = self.last_log = time.perf_counter()
+        self.saved_at: int | None = None
+        _seed_everything(config.seed + accelerator.process_index)
+
+    def _make_ema(self) -> Any:
+        from timm.utils.model_ema import ModelEmaV3
+
+        return ModelEmaV3(self.bare, decay=self.config.ema_decay, use_warmup=self.config.ema_warmup)
+
+    @property
+    def weights(self) -> nn.Module:
+        """The model that is evaluated and published."""
+        return self.bare if self.ema is None else self.ema.module
+
+    def finish(self) -> TrainResult:
+        """Train from the present position to the end."""
+        config, main = self.config, self.accelerator.is_main_process
+        if config.tracker != "none":
+            values = {name: str(value) for name, value in plain_values(config).items()}
+            self.accelerator.init_trackers(self.folder.name or "run", config=values)
+        total = None if self.steps.steps is None else self.steps.steps * config.epochs
+        # None hides the bar where there is no terminal.
+        with tqdm(total=total, initial=self.updates, unit="step", disable=None if main else True) as bar:
+            for epoch in range(self.epoch, config.epochs):
+                self._train_epoch(epoch, bar)
+                self._end_epoch(epoch, bar)
+        self._save_model("model")
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        # Take Accelerate's precision wrapper off the caller's model again.
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        return TrainResult(
+            history=self.history, best=self.best, steps=self.updates, seconds=self._seconds()
+        )
+
+    def _train_epoch(self, epoch: int, bar: Any) -> None:
+        config = self.config
+        self.model.train()
+        self.schedule.step(epoch)
+        self.last_log = time.perf_counter()
+        for step in self.steps.epoch(epoch, start=self.step):
+            self.schedule.step_update(self.updates)
+            self._optimizer_step(step)
+            self.step += 1
+            self.updates += 1
+            bar.update()
+            if self.updates % config.log_every == 0:
+                self._log(bar)
+            if config.save_every and self.updates % config.save_every == 0 and self.step != self.steps.steps:
+                self._save()
+
+    def _optimizer_step(self, step: Step) -> None:
+        """One optimizer step over the micro-batches of this process; gradients of all processes are averaged."""
+        accelerator = self.accelerator
+        images, losses = 0, torch.zeros((), device=accelerator.device)
+        for number, batch in enumerate(step, start=1):
+            weight: float = batch["weight"]
+            exchange = number == len(step)  # gradients travel once a step, with the last micro-batch
+            with contextlib.nullcontext() if exchange else accelerator.no_sync(self.model):
+                parts = self.task(self.model, _to_device(batch, accelerator.device))
+                self._check_parts(parts)
+                accelerator.backward(parts["loss"] * weight)
+            reported = torch.stack([parts[name].detach().float() for name in self.names])
+            losses = losses + reported * (weight / accelerator.num_processes)
+            images += len(batch["labels"]) if weight > 0 else 0
+        if self.config.clip_grad is not None:
+            accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.bare, step=self.updates + 1)
+        self.unread.append((images, losses))
+
+    def _check_parts(self, parts: Mapping[str, Tensor]) -> None:
+        names = ["loss", *sorted(parts.keys() - {"loss"})]
+        if "loss" not in parts or any(value.ndim for value in parts.values()):
+            shapes = {name: tuple(value.shape) for name, value in parts.items()}
+            raise ValueError(f'a task must return scalars with "loss" among them, got {shapes}')
+        if self.names and names != self.names:
+            raise ValueError(f"a task must return the same names every time, got {names} after {self.names}")
+        self.names = names
+
+    def _read_losses(self) -> None:
+        """Look at the losses since the last time (one wait for the device): add them up, refuse what is not finite."""
+        if not self.unread:
+            return
+        counts = torch.tensor([images for images, _ in self.unread], device=self.accelerator.device)
+        losses = torch.stack([losses for _, losses in self.unread])
+        counts, losses = self.accelerator.reduce((counts, losses), reduction="sum")
+        first = self.updates - len(self.unread) + 1
+        self.unread = []
+        for step, (images, row) in enumerate(zip(counts.tolist(), losses.double().tolist()), start=first):
+            parts = dict(zip(self.names, row))
+            if not all(map(math.isfinite, row)):
+                listed = ", ".join(f"{name} {value:.6g}" for name, value in parts.items())
+                saved = "nothing" if self.saved_at is None else f"the checkpoint of step {self.saved_at}"
+                raise InputError(
+                    f"step {step} (epoch {self.epoch + 1}): the loss is not finite ({listed}) at learning rate "
+                    f"{self._lr():.4g}; {saved} is kept; lower --lr, set --clip-grad 1, add --warmup-epochs, or "
+                    "use --mixed-precision no"
+                )
+            self.means.add(images, parts)
+
+    def _log(self, bar: Any) -> None:
+        self._read_losses()
+        images, means = self.means.take("log")
+        now = time.perf_counter()
+        rate = images / max(now - self.last_log, 1e-9)
+        self.last_log = now
+        self._record({"kind": "log", **self._where(), **means, "images_per_second": rate})
+        shown = {name: f"{value:.4g}" for name, value in means.items()}
+        bar.set_postfix({**shown, "lr": f"{self._lr():.3g}", "img/s": f"{rate:.0f}"})
+        self.accelerator.log({f"train/{name}": value for name, value in means.items()}, step=self.updates)
+        self.accelerator.log({"lr": self._lr(), "images_per_second": rate}, step=self.updates)
+
+    def _end_epoch(self, epoch: int, bar: Any) -> None:
+        config = self.config
+        self._read_losses()
+        images, means = self.means.take("epoch")
+        if images == 0:
+            raise InputError("the training data gave no image in a whole epoch; check the data source")
+        record = {"kind": "epoch", **self._where(), **means}
+        if self.evaluate is not None and ((epoch + 1) % config.evaluate_every == 0 or epoch + 1 == config.epochs):
+            metrics = self._evaluate(self.evaluate)
+            record["metrics"] = {name: _finite_or_none(value) for name, value in metrics.items()}
+            self._select(epoch, metrics)
+            numbers = {f"eval/{name}": value for name, value in metrics.items() if math.isfinite(value)}
+            self.accelerator.log(numbers, step=self.updates)
+        self.epoch, self.step = epoch + 1, 0
+        self._record({**record, "seconds": self._seconds()})
+        self._save()
+        if self.accelerator.is_main_process:
+            numbers = {**means, **record.get("metrics", {})}
+            listed = "  ".join(f"{name} {_shown(value)}" for name, value in numbers.items())
+            with tqdm.external_write_mode():
+                logger.info("epoch %d/%d  %s", epoch + 1, config.epochs, listed)
+
+    def _evaluate(self, evaluate: Evaluate) -> dict[str, float]:
+        state = random_state(self.accelerator.device)
+        self.weights.eval()
+        metrics = {name: float(value) for name, value in evaluate(self.weights, self.accelerator).items()}
+        set_random_state(state, self.accelerator.device)
+        return gather_objects(self.accelerator, metrics)[0]
+
+    def _select(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        name = self.config.select_by
+        if name == "last":
+            return
+        if name not in metrics:
+            close = difflib.get_close_matches(name, metrics, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise InputError(f"select_by {name}: no such metric; {hint}expected last or one of {', '.join(metrics)}")
+        value = metrics[name]
+        sign = 1 if self.config.select_mode == "max" else -1
+        if math.isfinite(value) and (self.best is None or sign * value > sign * self.best["value"]):
+            self.best = {"epoch": epoch + 1, "metric": name, "value": value}
+            self._save_model("best")
+
+    def _where(self) -> dict[str, Any]:
+        return {"epoch": self.epoch + 1, "step": self.updates, "lr": self._lr()}
+
+    def _lr(self) -> float:
+        group: dict[str, Any] = self.optimizer.param_groups[0]
+        return group["lr"] / group.get("lr_scale", 1.0)
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.began
+
+    # --- Files: written by the main process, a failure is everyone's ---
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self.history.append(record)
+        lines = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.history)
+        self._on_main(lambda: write_text(self.folder / "history.jsonl", lines))
+
+    def _save_model(self, name: str) -> None:
+        save_model = self.save_model
+        if save_model is None:
+            return
+
+        def save() -> None:
+            with atomic_folder(self.folder / name) as temporary, disk_errors():
+                save_model(self.weights, temporary)
+
+        self._on_main(save)
+
+    def _save(self) -> None:
+        self._read_losses()
+        states = gather_objects(self.accelerator, random_state(self.accelerator.device))
+        scaler: Any = self.accelerator.scaler
+        state = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "updates": self.updates,
+            "seconds": self._seconds(),
+            "best": self.best,
+            "means": self.means.sums,
+            "history": self.history,
+            "config": plain_values(self.config),
+            "images": self.steps.images,
+            "processes": self.accelerator.num_processes,
+        }
+        self._on_main(
+            lambda: save_checkpoint(
+                self.folder / "checkpoints",
+                self.updates,
+                model=self.bare,
+                ema=None if self.ema is None else self.ema.module,
+                optimizer=self.optimizer.state_dict(),
+                scaler=None if scaler is None else scaler.state_dict(),
+                random_states=states,
+                state=state,
+                keep=self.config.keep_checkpoints,
+            )
+        )
+        self.saved_at = self.updates
+
+    def _on_main(self, action: Callable[[], Any]) -> None:
+        message: str | None = None
+        if self.accelerator.is_main_process:
+            try:
+                action()
+            except InputError as error:
+                message = str(error)
+        if (told := gather_objects(self.accelerator, message)[0]) is not None:
+            raise InputError(told)
+
+    def resume(self) -> None:
+        """Take up the newest checkpoint where there is one."""
+        accelerator = self.accelerator
+        checkpoints = list_checkpoints(self.folder / "checkpoints")
+        newest = gather_objects(accelerator, checkpoints[-1] if checkpoints else None)[0]
+        if newest is None:
+            logger.info("%s: no checkpoint yet, training from the beginning", self.folder)
+            return
+        state = read_checkpoint_state(newest)
+        if state["processes"] != accelerator.num_processes:
+            raise InputError(
+                f"{newest}: written by {state['processes']} processes, this run has {accelerator.num_processes}; "
+                f"launch with --num_processes {state['processes']}"
+            )
+        check_same_run(newest, state["config"], plain_values(self.config), self._may_change())
+        if state["images"] != self.steps.images:
+            raise InputError(
+                f"{newest}: trained on {state['images']} images, the data now have {self.steps.images}; give the "
+                "same data or start a new run in another folder"
+            )
+        ema = None if self.ema is None else self.ema.module
+        optimizer, scaler, states = load_checkpoint(newest, model=self.bare, ema=ema)
+        self.optimizer.load_state_dict(optimizer)
+        if scaler is not None:
+            scaler_now: Any = accelerator.scaler
+            scaler_now.load_state_dict(scaler)
+        self.epoch, self.step, self.updates = state["epoch"], state["step"], state["updates"]
+        self.best, self.history, self.means.sums = state["best"], state["history"], state["means"]
+        self.seconds_before, self.saved_at = state["seconds"], self.updates
+        mine: RandomState = states[accelerator.process_index]
+        set_random_state(mine, accelerator.device)
+        logger.info("%s: resumed at step %d", newest, self.updates)
+
+    def _may_change(self) -> frozenset[str]:
+        # A longer run repeats a shorter one exactly where the learning rate does not depend on the end.
+        open_ended = self.config.schedule in {"constant", "step", "multistep"}
+        return self.config.may_change_on_resume | ({"epochs"} if open_ended else set())
+
+
+class _Means:
+    """Means over images since the last log and in the epoch, as sums that a checkpoint can hold."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, dict[str, float]] = {"log": {}, "epoch": {}}
+
+    def add(self, images: int, means: Mapping[str, float]) -> None:
+        """Add one optimizer step: means over its images."""
+        for sums in self.sums.values():
+            sums["images"] = sums.get("images", 0) + images
+            for name, value in means.items():
+                sums[f"{name}_sum"] = sums.get(f"{name}_sum", 0.0) + images * value
+
+    def take(self, since: Literal["log", "epoch"]) -> tuple[int, dict[str, float]]:
+        """Images and means of a window, which then begins anew."""
+        sums, self.sums[since] = self.sums[since], {}
+        images = int(sums.pop("images", 0))
+        return images, {name.removesuffix("_sum"): value / images for name, value in sums.items()}
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
