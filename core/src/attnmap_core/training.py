@@ -1,10 +1,11 @@
 """The training loop: it walks a :class:`Task` over data and never asks which paper it runs.
 
 A run folder gets ``history.jsonl`` (one line per log and per epoch), ``checkpoints/``, ``model/`` (the last
-weights) and, where a metric selects, ``best/``. Interrupted at any moment, also by ``kill -9``, and resumed with
-the same number of processes, a run ends with the same weights and numbers, bit for bit, as one never stopped.
-(On CPUs, and on GPUs as far as their kernels repeat themselves; with three or more processes also set
-``find_unused_parameters``, which keeps the layout of the gradient exchange from changing after its first step.)
+weights) and, where a metric selects, ``best/``. Interrupted at any moment, also by ``kill -9``, and resumed
+with the same number of processes, a run ends with the same weights and numbers, bit for bit, as one never
+stopped. (On CPUs, and on GPUs as far as their kernels repeat themselves; with three or more processes also
+set ``find_unused_parameters``, which keeps the layout of the gradient exchange from changing after its first
+step.)
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ logger = logging.getLogger(__name__)
 class TrainConfig:
     """Fields of a training run; a package adds its own by inheriting.
 
-    Values are plain (numbers, strings, paths, tuples and mappings of them), so that a recipe, a command line and
-    a checkpoint can all say them.
+    Values are plain (numbers, strings, paths, tuples and mappings of them), so that a recipe, a command line
+    and a checkpoint can all say them.
     """
 
     may_change_on_resume: ClassVar[frozenset[str]] = frozenset(
@@ -77,7 +78,9 @@ class TrainConfig:
 
     data: str = "synthetic"
     """Data source: a known name, a folder, or hf://owner/name."""
-    data_options: dict[str, bool | int | float | str] = field(default_factory=dict[str, bool | int | float | str])
+    data_options: dict[str, bool | int | float | str] = field(
+        default_factory=dict[str, bool | int | float | str]
+    )
     """Options of the data source."""
     output_dir: Path = Path("run")
     """Run folder."""
@@ -167,21 +170,20 @@ class TrainConfig:
         at_least_one = ("epochs", "batch_size", "accumulate", "eval_batch_size", "evaluate_every")
         for name in (*at_least_one, "keep_checkpoints", "log_every"):
             _expect(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("workers", "threads", "save_every", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr"):
+        at_least_zero = ("workers", "threads", "save_every", "weight_decay", "warmup_epochs", "warmup_lr")
+        for name in (*at_least_zero, "min_lr"):
             _expect(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         _expect("lr", self.lr, 0 < self.lr < math.inf, "a number above 0")
         _expect("seed", self.seed, 0 <= self.seed < 2**31, "0 to 2147483647")
         for name in ("clip_grad", "eps"):
             value: float | None = getattr(self, name)
             _expect(name, value, value is None or value > 0, "a number above 0 or none")
-        _expect("layer_decay", self.layer_decay, self.layer_decay is None or 0 < self.layer_decay <= 1, "0 to 1")
-        _expect("ema_decay", self.ema_decay, self.ema_decay is None or 0 <= self.ema_decay < 1, "0 to below 1")
-        _expect(
-            "decay_epochs",
-            self.decay_epochs,
-            all(epoch > 0 for epoch in self.decay_epochs) and len(self.decay_epochs) > 0,
-            "one epoch above 0 or more",
-        )
+        decay = self.layer_decay
+        _expect("layer_decay", decay, decay is None or 0 < decay <= 1, "a number above 0, up to 1, or none")
+        decay = self.ema_decay
+        _expect("ema_decay", decay, decay is None or 0 <= decay < 1, "a number from 0 to below 1, or none")
+        decays = self.decay_epochs
+        _expect("decay_epochs", decays, len(decays) > 0 and min(decays) > 0, "one or more numbers above 0")
 
 
 def _expect(name: str, value: Any, holds: bool, expected: str) -> None:
@@ -207,7 +209,8 @@ class Task(Protocol):
             batch: see :func:`attnmap_core.data.loaders.collate`, tensors on the model's device.
 
         Returns:
-            Scalars: ``"loss"``, the mean over the samples of the batch, with gradient, and the parts to report,
+            Scalars: ``"loss"``, the mean over the samples of the batch, with gradient, and the parts to
+                report,
             the same names every time.
         """
         ...
@@ -237,7 +240,8 @@ class TrainResult:
 
     Attributes:
         history: the records of ``history.jsonl``, see :func:`train`.
-        best: ``{"epoch", "metric", "value"}`` of the model in ``best/``; None where ``select_by`` is ``"last"``.
+        best: ``{"epoch", "metric", "value"}`` of the model in ``best/``; None where ``select_by`` is
+            ``"last"``.
         steps: optimizer steps, over all resumes.
         seconds: time spent, over all resumes.
     """
@@ -263,12 +267,13 @@ def train(
     """Train ``model`` and leave everything about it in ``run_dir``.
 
     The same call works in one process and under ``accelerate launch``, which decides device and processes.
-    ``model`` is trained in place; ``run_dir/model`` holds what is meant to be used, which with ``ema_decay`` is
-    the averaged weights.
+    ``model`` is trained in place; ``run_dir/model`` holds what is meant to be used, which with ``ema_decay``
+    is the averaged weights.
 
-    Records of the history have ``kind`` ``"log"`` (means since the last one) or ``"epoch"`` (means of the epoch,
-    with ``metrics``), ``epoch`` counted from 1, ``step``, ``lr`` (before scales), ``loss`` and the task's parts;
-    ``images_per_second`` and ``seconds`` are all that differs between two runs of one configuration.
+    Records of the history have ``kind`` ``"log"`` (means since the last one) or ``"epoch"`` (means of the
+    epoch, with ``metrics``), ``epoch`` counted from 1, ``step``, ``lr`` (before scales), ``loss`` and the
+    task's parts; ``images_per_second`` and ``seconds`` are all that differs between two runs of one
+    configuration.
 
     Args:
         task: the method.
@@ -276,17 +281,18 @@ def train(
         data: training samples with their transform.
         config: the settings.
         run_dir: the run folder; made where missing.
-        evaluate: ``evaluate(model, accelerator)`` gives metrics by name. It runs in every process with the model
-            in eval mode, without distributed wrapper. What it draws from random generators does not matter.
-        make_schedule: ``make_schedule(optimizer, config, steps_per_epoch)``; by default timm's, as configured.
-            ``steps_per_epoch`` is None for a stream.
-        save_model: ``save_model(model, folder)`` writes a model folder, for example by ``save_pretrained``. It
-            runs in the main process; without it, no model folder is written.
+        evaluate: ``evaluate(model, accelerator)`` gives metrics by name. It runs in every process with the
+            model in eval mode, without distributed wrapper. What it draws from random generators does not
+            matter.
+        make_schedule: ``make_schedule(optimizer, config, steps_per_epoch)``; by default timm's, as
+            configured. ``steps_per_epoch`` is None for a stream.
+        save_model: ``save_model(model, folder)`` writes a model folder, for example by ``save_pretrained``.
+            It runs in the main process; without it, no model folder is written.
         resume: go on from the newest checkpoint in ``run_dir``, or begin where there is none.
 
     Raises:
-        InputError: for settings that cannot work, a loss that is not finite (nothing of that step is saved), a
-            full disk (older checkpoints stay), or a checkpoint of another configuration or process count.
+        InputError: for settings that cannot work, a loss that is not finite (nothing of that step is saved),
+            a full disk (older checkpoints stay), or a checkpoint of another configuration or process count.
     """
     config.check()
     if config.select_by != "last" and evaluate is None:
@@ -296,6 +302,8 @@ def train(
         run = _Run(task, model, data, config, Path(run_dir), accelerator, evaluate, make_schedule, save_model)
         if resume:
             run.resume()
+        elif list_checkpoints(run.checkpoints):
+            raise InputError(f"{run_dir}: holds checkpoints of a run; pass --resume to go on, or --overwrite")
         return run.finish()
 
 
@@ -305,8 +313,9 @@ def train(
 def param_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     """Trainable parameters by weight decay and learning-rate scale.
 
-    No decay for tensors of at most one dimension, for names in ``config.no_decay``, and for what any submodule
-    with a ``no_weight_decay()`` names. Scales come from ``config.lr_scales`` and ``config.layer_decay``.
+    No decay for tensors of at most one dimension, for names in ``config.no_decay``, and for what any
+    submodule with a ``no_weight_decay()`` names. Scales come from ``config.lr_scales`` and
+    ``config.layer_decay``.
 
     Raises:
         InputError: if a pattern matches no parameter, or layer decay meets a model without ``group_matcher``.
@@ -352,7 +361,8 @@ def _layer_scales(model: nn.Module, layer_decay: float | None) -> dict[str, floa
             f"layer_decay {layer_decay}: {type(model).__name__} does not tell its layers (group_matcher); "
             "use lr_scales instead"
         )
-    layers: dict[str, int] = group_parameters(model, matcher(coarse=False), reverse=True)
+    grouped: Any = group_parameters(model, matcher(coarse=False), reverse=True)
+    layers: dict[str, int] = grouped
     last = max(layers.values())
     return {name: layer_decay ** (last - layer) for name, layer in layers.items()}
 
@@ -365,16 +375,13 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.o
     known: list[Any] = list_optimizers()
     if name.removeprefix("lookahead_") not in known:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0)
-        raise InputError(f"optimizer {config.optimizer}: timm has none of that name; did you mean {close[0]}?")
-    given = {"betas": config.betas, "eps": config.eps}
-    return create_optimizer_v2(
-        groups,
-        name,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        **{option: value for option, value in given.items() if value is not None},
-    )
+        raise InputError(
+            f"optimizer {config.optimizer}: timm has none of that name; did you mean {close[0]}?"
+        )
+    given: dict[str, Any] = {"betas": config.betas, "eps": config.eps}
+    given = {option: value for option, value in given.items() if value is not None}
+    decay, momentum = config.weight_decay, config.momentum
+    return create_optimizer_v2(groups, name, lr=config.lr, weight_decay=decay, momentum=momentum, **given)
 
 
 def timm_schedule(
@@ -388,7 +395,7 @@ def timm_schedule(
     from timm.scheduler import create_scheduler_v2
 
     if config.schedule_per_step and steps_per_epoch is None:
-        raise InputError("schedule_per_step: a stream has no known length; let the schedule change every epoch")
+        raise InputError("schedule_per_step: a stream has no known length; let the rate change every epoch")
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched="step" if config.schedule == "constant" else config.schedule,
@@ -410,7 +417,8 @@ def timm_schedule(
 
 
 def start_accelerator(config: TrainConfig, run_dir: str | Path) -> Accelerator:
-    """The :class:`accelerate.Accelerator` of a run: device and processes by the launch, the rest by ``config``.
+    """The :class:`accelerate.Accelerator` of a run: device and processes by the launch, the rest by
+    ``config``.
 
     Raises:
         InputError: if accelerate or the tracker is not installed, or the device cannot do the precision.
@@ -420,7 +428,9 @@ def start_accelerator(config: TrainConfig, run_dir: str | Path) -> Accelerator:
         if importlib.util.find_spec(config.tracker) is None:
             raise InputError(f"tracker {config.tracker}: not installed; run: pip install {config.tracker}")
         if config.tracker not in [kind.value for kind in accelerate.utils.LoggerType]:
-            raise InputError(f"tracker {config.tracker}: not known to this accelerate; pip install -U accelerate")
+            raise InputError(
+                f"tracker {config.tracker}: unknown to this accelerate; pip install -U accelerate"
+            )
     device: torch.device = accelerate.PartialState().device
     if config.mixed_precision == "fp16" and device.type == "cpu":
         raise InputError("mixed_precision fp16: needs a GPU and this run is on the CPU; use bf16 or no")
@@ -447,9 +457,11 @@ def start_accelerator(config: TrainConfig, run_dir: str | Path) -> Accelerator:
 def _torch_settings(config: TrainConfig, device: torch.device) -> Generator[None]:
     """Threads and determinism for the time of a run."""
     cudnn: Any = torch.backends.cudnn
-    before = torch.get_num_threads(), cudnn.deterministic, cudnn.benchmark
-    algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filling = torch.utils.deterministic.fill_uninitialized_memory
+    debugging: Any = torch.utils.deterministic
+    threads, cudnn_before = torch.get_num_threads(), (cudnn.deterministic, cudnn.benchmark)
+    algorithms = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    filling = debugging.fill_uninitialized_memory
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.deterministic:
@@ -457,14 +469,14 @@ def _torch_settings(config: TrainConfig, device: torch.device) -> Generator[None
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         cudnn.deterministic, cudnn.benchmark = True, False
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+        debugging.fill_uninitialized_memory = False  # an aid to find bugs, which costs time
     try:
         yield
     finally:
-        torch.set_num_threads(before[0])
-        cudnn.deterministic, cudnn.benchmark = before[1:]
-        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filling
+        torch.set_num_threads(threads)
+        cudnn.deterministic, cudnn.benchmark = cudnn_before
+        torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)
+        debugging.fill_uninitialized_memory = filling
 
 
 # --- The loop -----------------------------------------------------------------------------------------------
@@ -486,6 +498,7 @@ class _Run:
         save_model: SaveModel | None,
     ) -> None:
         self.task, self.config, self.folder, self.accelerator = task, config, folder, accelerator
+        self.checkpoints = folder / "checkpoints"
         self.evaluate, self.save_model = evaluate, save_model
         self.steps = TrainSteps(
             data,
@@ -500,6 +513,7 @@ class _Run:
         )
         groups = getattr(task, "param_groups", param_groups)(model, config)
         optimizer = make_optimizer(groups, config)
+        self.configured_schedule = make_schedule is None
         self.schedule = (make_schedule or timm_schedule)(optimizer, config, self.steps.steps)
         if config.compile:
             model.compile()
@@ -507,7 +521,7 @@ class _Run:
         self.optimizer: Any
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.bare: nn.Module = accelerator.unwrap_model(self.model)  # no distributed wrapper; precision kept
-        self.ema = self._make_ema() if config.ema_decay is not None else None
+        self.ema = None if config.ema_decay is None else self._make_ema(config.ema_decay)
 
         self.epoch = 0  # of the next step, 0-based
         self.step = 0  # next optimizer step within the epoch
@@ -519,13 +533,14 @@ class _Run:
         self.names: list[str] = []
         self.seconds_before = 0.0
         self.began = self.last_log = time.perf_counter()
+        self.images_since_log = 0  # for the rate only, so not restored by a resume
         self.saved_at: int | None = None
         _seed_everything(config.seed + accelerator.process_index)
 
-    def _make_ema(self) -> Any:
+    def _make_ema(self, decay: float) -> Any:
         from timm.utils.model_ema import ModelEmaV3
 
-        return ModelEmaV3(self.bare, decay=self.config.ema_decay, use_warmup=self.config.ema_warmup)
+        return ModelEmaV3(self.bare, decay=decay, use_warmup=self.config.ema_warmup)
 
     @property
     def weights(self) -> nn.Module:
@@ -543,21 +558,18 @@ class _Run:
         with tqdm(total=total, initial=self.updates, unit="step", disable=None if main else True) as bar:
             for epoch in range(self.epoch, config.epochs):
                 self._train_epoch(epoch, bar)
-                self._end_epoch(epoch, bar)
+                self._end_epoch(epoch)
         self._save_model("model")
         for tracker in self.accelerator.trackers:
             tracker.finish()
         # Take Accelerate's precision wrapper off the caller's model again.
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        return TrainResult(
-            history=self.history, best=self.best, steps=self.updates, seconds=self._seconds()
-        )
+        return TrainResult(history=self.history, best=self.best, steps=self.updates, seconds=self._seconds())
 
     def _train_epoch(self, epoch: int, bar: Any) -> None:
         config = self.config
         self.model.train()
         self.schedule.step(epoch)
-        self.last_log = time.perf_counter()
         for step in self.steps.epoch(epoch, start=self.step):
             self.schedule.step_update(self.updates)
             self._optimizer_step(step)
@@ -570,7 +582,7 @@ class _Run:
                 self._save()
 
     def _optimizer_step(self, step: Step) -> None:
-        """One optimizer step over the micro-batches of this process; gradients of all processes are averaged."""
+        """One optimizer step over this process's micro-batches; gradients are averaged over the processes."""
         accelerator = self.accelerator
         images, losses = 0, torch.zeros((), device=accelerator.device)
         for number, batch in enumerate(step, start=1):
@@ -601,7 +613,7 @@ class _Run:
         self.names = names
 
     def _read_losses(self) -> None:
-        """Look at the losses since the last time (one wait for the device): add them up, refuse what is not finite."""
+        """Add up the losses since the last time (one wait for the device) and refuse what is not finite."""
         if not self.unread:
             return
         counts = torch.tensor([images for images, _ in self.unread], device=self.accelerator.device)
@@ -615,32 +627,35 @@ class _Run:
                 listed = ", ".join(f"{name} {value:.6g}" for name, value in parts.items())
                 saved = "nothing" if self.saved_at is None else f"the checkpoint of step {self.saved_at}"
                 raise InputError(
-                    f"step {step} (epoch {self.epoch + 1}): the loss is not finite ({listed}) at learning rate "
-                    f"{self._lr():.4g}; {saved} is kept; lower --lr, set --clip-grad 1, add --warmup-epochs, or "
-                    "use --mixed-precision no"
+                    f"step {step} (epoch {self.epoch + 1}): loss not finite ({listed}) at learning rate "
+                    f"{self._lr():.4g}; {saved} is kept; lower --lr, set --clip-grad 1, add --warmup-epochs "
+                    "or use --mixed-precision no"
                 )
             self.means.add(images, parts)
+            self.images_since_log += images
 
     def _log(self, bar: Any) -> None:
         self._read_losses()
-        images, means = self.means.take("log")
+        means = self.means.take("log")
         now = time.perf_counter()
-        rate = images / max(now - self.last_log, 1e-9)
-        self.last_log = now
+        rate = self.images_since_log / (now - self.last_log)
+        self.last_log, self.images_since_log = now, 0
         self._record({"kind": "log", **self._where(), **means, "images_per_second": rate})
         shown = {name: f"{value:.4g}" for name, value in means.items()}
         bar.set_postfix({**shown, "lr": f"{self._lr():.3g}", "img/s": f"{rate:.0f}"})
         self.accelerator.log({f"train/{name}": value for name, value in means.items()}, step=self.updates)
         self.accelerator.log({"lr": self._lr(), "images_per_second": rate}, step=self.updates)
 
-    def _end_epoch(self, epoch: int, bar: Any) -> None:
+    def _end_epoch(self, epoch: int) -> None:
         config = self.config
         self._read_losses()
-        images, means = self.means.take("epoch")
-        if images == 0:
+        paused = time.perf_counter()
+        means = self.means.take("epoch")
+        if not means:
             raise InputError("the training data gave no image in a whole epoch; check the data source")
-        record = {"kind": "epoch", **self._where(), **means}
-        if self.evaluate is not None and ((epoch + 1) % config.evaluate_every == 0 or epoch + 1 == config.epochs):
+        record: dict[str, Any] = {"kind": "epoch", **self._where(), **means}
+        due = (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == config.epochs
+        if self.evaluate is not None and due:
             metrics = self._evaluate(self.evaluate)
             record["metrics"] = {name: _finite_or_none(value) for name, value in metrics.items()}
             self._select(epoch, metrics)
@@ -649,14 +664,20 @@ class _Run:
         self.epoch, self.step = epoch + 1, 0
         self._record({**record, "seconds": self._seconds()})
         self._save()
+        self.last_log += time.perf_counter() - paused
         if self.accelerator.is_main_process:
-            numbers = {**means, **record.get("metrics", {})}
-            listed = "  ".join(f"{name} {_shown(value)}" for name, value in numbers.items())
+            shown = _shown(means)
+            if "metrics" in record:
+                shown += "  |  " + _shown(record["metrics"])
             with tqdm.external_write_mode():
-                logger.info("epoch %d/%d  %s", epoch + 1, config.epochs, listed)
+                logger.info("epoch %d/%d  %s", epoch + 1, config.epochs, shown)
 
     def _evaluate(self, evaluate: Evaluate) -> dict[str, float]:
         state = random_state(self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            # Each process updates buffers (running statistics) by its own batches; the main one's count.
+            for buffer in self.weights.buffers():
+                import_training_extra("accelerate.utils").broadcast(buffer)
         self.weights.eval()
         metrics = {name: float(value) for name, value in evaluate(self.weights, self.accelerator).items()}
         set_random_state(state, self.accelerator.device)
@@ -669,7 +690,7 @@ class _Run:
         if name not in metrics:
             close = difflib.get_close_matches(name, metrics, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
-            raise InputError(f"select_by {name}: no such metric; {hint}expected last or one of {', '.join(metrics)}")
+            raise InputError(f"select_by {name}: no such metric; {hint}known: last, {', '.join(metrics)}")
         value = metrics[name]
         sign = 1 if self.config.select_mode == "max" else -1
         if math.isfinite(value) and (self.best is None or sign * value > sign * self.best["value"]):
@@ -722,7 +743,7 @@ class _Run:
         }
         self._on_main(
             lambda: save_checkpoint(
-                self.folder / "checkpoints",
+                self.checkpoints,
                 self.updates,
                 model=self.bare,
                 ema=None if self.ema is None else self.ema.module,
@@ -748,21 +769,22 @@ class _Run:
     def resume(self) -> None:
         """Take up the newest checkpoint where there is one."""
         accelerator = self.accelerator
-        checkpoints = list_checkpoints(self.folder / "checkpoints")
+        checkpoints = list_checkpoints(self.checkpoints)
         newest = gather_objects(accelerator, checkpoints[-1] if checkpoints else None)[0]
         if newest is None:
-            logger.info("%s: no checkpoint yet, training from the beginning", self.folder)
+            if accelerator.is_main_process:
+                logger.info("%s: no checkpoint yet, training from the beginning", self.folder)
             return
         state = read_checkpoint_state(newest)
         if state["processes"] != accelerator.num_processes:
             raise InputError(
-                f"{newest}: written by {state['processes']} processes, this run has {accelerator.num_processes}; "
+                f"{newest}: written by {state['processes']} processes, now {accelerator.num_processes}; "
                 f"launch with --num_processes {state['processes']}"
             )
         check_same_run(newest, state["config"], plain_values(self.config), self._may_change())
         if state["images"] != self.steps.images:
             raise InputError(
-                f"{newest}: trained on {state['images']} images, the data now have {self.steps.images}; give the "
+                f"{newest}: trained on {state['images']} images, the data have {self.steps.images}; give the "
                 "same data or start a new run in another folder"
             )
         ema = None if self.ema is None else self.ema.module
@@ -776,11 +798,13 @@ class _Run:
         self.seconds_before, self.saved_at = state["seconds"], self.updates
         mine: RandomState = states[accelerator.process_index]
         set_random_state(mine, accelerator.device)
-        logger.info("%s: resumed at step %d", newest, self.updates)
+        if accelerator.is_main_process:
+            logger.info("%s: resumed at step %d", newest, self.updates)
 
     def _may_change(self) -> frozenset[str]:
-        # A longer run repeats a shorter one exactly where the learning rate does not depend on the end.
-        open_ended = self.config.schedule in {"constant", "step", "multistep"}
+        # A longer run repeats a shorter one exactly where the learning rate does not depend on the end. Of
+        # its own schedule a package must say so, by adding "epochs" to the fields that may change.
+        open_ended = self.configured_schedule and self.config.schedule in {"constant", "step", "multistep"}
         return self.config.may_change_on_resume | ({"epochs"} if open_ended else set())
 
 
@@ -797,11 +821,11 @@ class _Means:
             for name, value in means.items():
                 sums[f"{name}_sum"] = sums.get(f"{name}_sum", 0.0) + images * value
 
-    def take(self, since: Literal["log", "epoch"]) -> tuple[int, dict[str, float]]:
-        """Images and means of a window, which then begins anew."""
+    def take(self, since: Literal["log", "epoch"]) -> dict[str, float]:
+        """Means of a window, which then begins anew; empty if it had no image."""
         sums, self.sums[since] = self.sums[since], {}
-        images = int(sums.pop("images", 0))
-        return images, {name.removesuffix("_sum"): value / images for name, value in sums.items()}
+        images = sums.pop("images", 0)
+        return {name.removesuffix("_sum"): value / images for name, value in sums.items()}
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
@@ -821,5 +845,5 @@ def _finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+def _shown(numbers: Mapping[str, float | None]) -> str:
+    return "  ".join(f"{name} {'-' if value is None else f'{value:.4g}'}" for name, value in numbers.items())

@@ -8,7 +8,7 @@ import logging
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
@@ -129,21 +129,25 @@ def split_readable(
         The readable paths in their order, and for each unreadable one the reason in one line.
     """
     given = [Path(path) for path in paths]
-    reasons = dict(zip(given, unreadable_reasons(given, progress=progress)))
-    return [path for path in given if reasons[path] is None], {
-        path: reason for path, reason in reasons.items() if reason is not None
-    }
+    reasons = list(reasons_not_to_read(len(given), lambda index: load_image(given[index]), progress=progress))
+    readable = [path for path, reason in zip(given, reasons) if reason is None]
+    return readable, {path: reason for path, reason in zip(given, reasons) if reason is not None}
 
 
-def unreadable_reasons(
-    sources: Iterable[str | os.PathLike[str] | tuple[str, ImageSource]], *, progress: bool = True
-) -> Iterator[str | None]:
-    """For each path, or pair of name and source, the reason why it cannot be decoded, or None; in order."""
-    total = len(sources) if isinstance(sources, Sequence) else None
-    # Pillow decodes without the interpreter lock, so threads help; chunks keep few of them waiting.
+def reasons_not_to_read(count: int, load: Callable[[int], object], *, progress: bool) -> Iterator[str | None]:
+    """Call ``load(0) ... load(count - 1)``; give for each, in order, what its InputError says, or None."""
+
+    def reason(index: int) -> str | None:
+        try:
+            load(index)
+        except InputError as error:
+            return str(error)
+        return None
+
+    # Pillow decodes without the interpreter lock, so threads help.
     with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
-        reasons = pool.imap(_unreadable_reason, sources, chunksize=16)
-        yield from tqdm(reasons, total=total, desc="checking photos", unit="photo", disable=not progress)
+        reasons = pool.imap(reason, range(count), chunksize=16)
+        yield from tqdm(reasons, total=count, desc="checking photos", unit="photo", disable=not progress)
 
 
 def is_image_name(name: str) -> bool:
@@ -213,15 +217,6 @@ def _images_at(path: str) -> list[str]:
             f"{path}: no images in this folder (suffixes looked for: {_SUFFIXES}); check the path"
         )
     return found
-
-
-def _unreadable_reason(source: str | os.PathLike[str] | tuple[str, ImageSource]) -> str | None:
-    name, image = source if isinstance(source, tuple) else (None, source)
-    try:
-        load_image(image, name)
-    except InputError as error:
-        return str(error)
-    return None
 
 
 def _read(source: ImageSource, name: str | None) -> tuple[Image.Image, str]:

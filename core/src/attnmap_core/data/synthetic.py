@@ -1,16 +1,18 @@
 """The embedded default data: fine-grained creatures on cluttered backgrounds, drawn from a seed, with exact truth.
 
-A class is *superclass x part type x part colour*: the body plan (fish, bird, ...) tells the superclass, and one
-small part (say a red fan on the head) tells the class inside it. Body colours, patterns and proportions vary
-inside a class and say nothing about it. Pieces that look like limbs, eyes and parts lie about in the background.
-So a classifier must find the part, its class activation map lights up the part rather than the animal, and classes
-kept for testing combine body plans, part types and part colours that were seen in training.
+A class is *superclass x part type x part colour*: the body plan (fish, bird, ...) and a wide range of body hues
+tell the superclass, and one small part (say a red fan on the head) tells the class inside it. Shade, pattern,
+proportions, pose, size, place and light vary inside a class and say nothing about it. Pieces that look like limbs,
+heads and parts lie about in the background. So a classifier must find the part, its maps light up the part rather
+than the animal, and classes kept for testing combine body plans, part types and part colours seen in training.
 
 The pixels are the same on every machine, by construction rather than by tolerance: random numbers are raw Philox
 words (a published integer algorithm, keyed by seed and image), and the arithmetic is IEEE ``+ - * /``, square root
-and comparisons only, which every platform rounds alike. There is no ``sin``, ``exp``, ``pow``, matrix product or
-sum over an array, whose last bit depends on the machine. Scenes live in the unit square: another ``image_size``
-shows the same scene at another resolution.
+and comparisons only, which every platform rounds alike. There is no ``sin``, ``exp``, ``pow``, no matrix product
+and no ``sum`` of floats, whose last bits depend on the machine or on the versions of Python and NumPy. (PNG *files*
+may be packed differently by another zlib; what they decode to is the same.)
+
+Scenes live in the unit square: another ``image_size`` shows the same scene at another resolution.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     import datasets
 
 Split = Literal["train", "val", "test"]
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]  # float32 throughout
 Rgb = tuple[float, float, float]
 T = TypeVar("T")
 
@@ -86,7 +88,7 @@ class SyntheticSpec:
         spread: share of the free room in which the object is placed; 1 is anywhere, 0 always the middle.
         clutter: 0 to 1, how many object-like pieces lie in the background.
         part_size: factor on the size of the discriminative part.
-        part_hidden: share of images in which a leaf covers the part.
+        part_hidden: share of images in which a leaf covers the part (and that of the animal which is under it).
         domain_shift: 0 to 1, how far colours, light and textures of ``test`` leave those of ``train`` and ``val``.
         unseen: number of last classes that only ``test`` shows; 0 means that all splits show all classes.
         class_range: ``"first:end"`` (end exclusive) restricts the classes shown; empty means all.
@@ -110,8 +112,8 @@ class SyntheticSpec:
     test: int = 600
     per_class: int = 0
     seed: int = 0
-    scale_min: float = 0.3
-    scale_max: float = 0.65
+    scale_min: float = 0.35
+    scale_max: float = 0.7
     spread: float = 1.0
     clutter: float = 0.5
     part_size: float = 1.0
@@ -132,10 +134,12 @@ class SyntheticSpec:
         self._require(0 < self.scale_min <= self.scale_max, "scale_min", f"above 0, at most {self.scale_max}")
         self._require(self.scale_max <= 0.95, "scale_max", "at most 0.95 of the side")
         smallest = 8 / self.image_size
-        self._require(self.scale_min >= smallest, "scale_min", f"at least {smallest:.3f}: objects of 8 pixels")
+        self._require(
+            self.scale_min >= smallest, "scale_min", f"at least {smallest:.3f}: objects of 8 pixels"
+        )
         for name in ("spread", "clutter", "part_hidden", "domain_shift"):
             self._require(0 <= getattr(self, name) <= 1, name, "a share in [0, 1]")
-        self._require(0.25 <= self.part_size <= 2, "part_size", "a factor in [0.25, 2]")
+        self._require(0.25 <= self.part_size <= 1.5, "part_size", "a factor in [0.25, 1.5]")
         shown = self._range()
         self._require(0 <= self.unseen < len(shown), "unseen", f"fewer than the {len(shown)} classes shown")
 
@@ -151,14 +155,18 @@ class SyntheticSpec:
         for item in filter(None, (piece.strip() for piece in text.split(","))):
             name, equals, value = (piece.strip() for piece in item.partition("="))
             if not equals or name not in kinds:
-                raise InputError(f"synthetic data: unknown field {item!r}, expected name=value of {', '.join(kinds)}")
+                raise InputError(
+                    f"synthetic data: unknown field {item!r}, expected name=value of {', '.join(kinds)}"
+                )
             if name in values:
                 raise InputError(f"synthetic data: field {name!r} is given twice in {text!r}; keep one")
             try:
                 values[name] = kinds[name](value)
             except ValueError:
                 kind = "a whole number" if kinds[name] is int else "a number"
-                raise InputError(f"synthetic data: {name} is {value!r}, expected {kind}; correct it") from None
+                raise InputError(
+                    f"synthetic data: {name} is {value!r}, expected {kind}; correct it"
+                ) from None
         return cls(**values)
 
     def to_string(self) -> str:
@@ -170,7 +178,7 @@ class SyntheticSpec:
     def labels_of(self, split: str) -> range:
         """The labels that ``split`` shows; image ``i`` has label ``labels[i % len(labels)]``."""
         shown = self._range()
-        check_split(split)
+        _check_split(split)
         if not self.unseen:
             return shown
         return shown[-self.unseen :] if split == "test" else shown[: -self.unseen]
@@ -186,19 +194,25 @@ class SyntheticSpec:
         first, colon, end = self.class_range.partition(":")
         fits = bool(colon) and first.isdecimal() and end.isdecimal()
         self._require(
-            fits and int(first) < int(end) <= self.classes, "class_range", f"first:end within 0:{self.classes}"
+            fits and int(first) < int(end) <= self.classes,
+            "class_range",
+            f"first:end within 0:{self.classes}",
         )
         return range(int(first), int(end))
 
     def _require(self, holds: bool, name: str, expected: str) -> None:
         if not holds:
-            raise InputError(f"synthetic data: {name} is {getattr(self, name)!r}, expected {expected}; correct it")
+            raise InputError(
+                f"synthetic data: {name} is {getattr(self, name)!r}, expected {expected}; correct it"
+            )
 
 
-def check_split(split: str) -> None:
+def _check_split(split: str) -> None:
     """Raise an :class:`InputError` unless ``split`` is ``train``, ``val`` or ``test``."""
     if split not in SPLITS:
-        raise InputError(f"synthetic data: split {split!r} does not exist, expected one of {', '.join(SPLITS)}")
+        raise InputError(
+            f"synthetic data: split {split!r} does not exist, expected one of {', '.join(SPLITS)}"
+        )
 
 
 def superclass_names(spec: SyntheticSpec) -> list[str]:
@@ -434,11 +448,11 @@ def _eye(x: float, y: float, r: float = 0.11) -> list[tuple[_Shape, str]]:
 
 
 def _fish(d: _Draws) -> _Creature:
-    tall, fin, swing = d.between(0.42, 0.58), d.between(0.7, 0.95), d.between(-0.15, 0.15)
+    tall, fin, swing = d.between(0.52, 0.7), d.between(0.75, 1.0), d.between(-0.15, 0.15)
     return _Creature(
         [
-            (_Polygon(-0.8, 0.0, -1.5, -0.55 + swing, -1.3, swing), "second"),
-            (_Polygon(-0.8, 0.0, -1.5, 0.55 + swing, -1.3, swing), "second"),
+            (_Polygon(-0.75, 0.0, -1.4, -0.6 + swing, -1.25, swing), "second"),
+            (_Polygon(-0.75, 0.0, -1.4, 0.6 + swing, -1.25, swing), "second"),
             (_Polygon(-0.5, -0.3, 0.3, -0.3, -0.3, -fin), "second"),
             (_Polygon(-0.2, 0.3, 0.3, 0.3, -0.1, 0.25 + 0.6 * fin), "second"),
             (_Ellipse(0.0, 0.0, 1.0, tall), "body"),
@@ -447,31 +461,31 @@ def _fish(d: _Draws) -> _Creature:
             *_eye(0.68, -0.1),
         ],
         head=(0.5, -0.8 * tall, 0.2, -0.98),
-        tail=(-1.35, swing, -1.0, 0.0),
+        tail=(-1.28, swing, -1.0, 0.0),
         flank=(-0.2, -0.02, 0.0, -1.0),
     )
 
 
 def _bird(d: _Draws) -> _Creature:
-    neck, step, fan = d.between(-0.1, 0.12), d.between(-0.16, 0.16), d.between(-0.25, 0.15)
-    hx, hy = 0.72, -0.68 + neck
+    neck, step, fan = d.between(-0.1, 0.12), d.between(-0.16, 0.16), d.between(-0.25, 0.1)
+    hx, hy = 0.66, -0.62 + neck
     return _Creature(
         [
-            (_Limb(0.0, 0.35, -0.05 + step, 0.98, 0.06, 0.045), "dark"),
-            (_Limb(-0.05 + step, 0.98, 0.16 + step, 1.0, 0.045, 0.03), "dark"),
-            (_Limb(0.12, 0.35, 0.15 - step, 0.98, 0.06, 0.045), "dark"),
-            (_Limb(0.15 - step, 0.98, 0.36 - step, 1.0, 0.045, 0.03), "dark"),
-            (_Polygon(-0.45, -0.15, -1.4, -0.12 + fan, -1.35, 0.18 + fan, -0.45, 0.22), "second"),
-            (_Limb(0.35, -0.1, hx, hy, 0.34, 0.2), "body"),
-            (_Polygon(hx + 0.2, hy - 0.13, hx + 0.66, hy + 0.06, hx + 0.2, hy + 0.16), "horn"),
-            (_Ellipse(0.0, 0.05, 0.82, 0.5, -0.05), "body"),
-            (_Ellipse(hx, hy, 0.32, 0.3), "body"),
-            (_Ellipse(-0.2, 0.02, 0.55, 0.26, -0.02), "second"),
-            *_eye(hx + 0.1, hy - 0.06),
+            (_Limb(0.0, 0.45, -0.05 + step, 0.9, 0.07, 0.055), "dark"),
+            (_Limb(-0.05 + step, 0.9, 0.16 + step, 0.93, 0.055, 0.04), "dark"),
+            (_Limb(0.14, 0.45, 0.17 - step, 0.9, 0.07, 0.055), "dark"),
+            (_Limb(0.17 - step, 0.9, 0.38 - step, 0.93, 0.055, 0.04), "dark"),
+            (_Polygon(-0.5, -0.15, -1.25, -0.2 + fan, -1.2, 0.16 + fan, -0.5, 0.3), "second"),
+            (_Limb(0.3, -0.05, hx, hy, 0.45, 0.26), "body"),
+            (_Polygon(hx + 0.22, hy - 0.15, hx + 0.66, hy + 0.06, hx + 0.22, hy + 0.18), "horn"),
+            (_Ellipse(-0.02, 0.05, 0.8, 0.62, -0.05), "body"),
+            (_Ellipse(hx, hy, 0.36, 0.34), "body"),
+            (_Ellipse(-0.2, 0.04, 0.52, 0.32, -0.02), "second"),
+            *_eye(hx + 0.1, hy - 0.06, 0.12),
         ],
-        head=(hx - 0.08, hy - 0.24, -0.2, -0.98),
-        tail=(-1.3, 0.03 + fan, -0.98, 0.2),
-        flank=(-0.1, 0.06, 0.0, -1.0),
+        head=(hx - 0.08, hy - 0.26, -0.2, -0.98),
+        tail=(-1.15, fan, -0.98, 0.2),
+        flank=(-0.08, 0.08, 0.0, -1.0),
     )
 
 
@@ -480,42 +494,42 @@ def _beast(d: _Draws) -> _Creature:
     hx, hy = 1.02, -0.5 + nod
     return _Creature(
         [
-            (_Limb(-0.62, 0.1, -0.62 - step, 0.95, 0.16, 0.1), "dark"),
-            (_Limb(0.6, 0.1, 0.6 + step, 0.95, 0.15, 0.1), "dark"),
-            (_Limb(-0.95, -0.12, -1.55, tail, 0.12, 0.07), "body"),
+            (_Limb(-0.6, 0.1, -0.6 - step, 0.9, 0.2, 0.15), "dark"),
+            (_Limb(0.55, 0.1, 0.55 + step, 0.9, 0.19, 0.14), "dark"),
+            (_Limb(-0.95, -0.15, -1.4, tail, 0.14, 0.09), "body"),
             (_Polygon(hx - 0.3, hy - 0.1, hx - 0.28, hy - 0.62, hx + 0.02, hy - 0.15), "second"),
-            (_Limb(0.6, -0.1, hx, hy, 0.3, 0.24), "body"),
-            (_Limb(-0.72, 0.0, 0.62, -0.04, 0.4, 0.37), "body"),
-            (_Limb(-0.78, 0.1, -0.78 + step, 0.97, 0.19, 0.11), "body"),
-            (_Limb(0.52, 0.1, 0.52 - step, 0.97, 0.17, 0.11), "body"),
-            (_Ellipse(hx, hy, 0.36, 0.29, 0.05), "body"),
+            (_Limb(0.55, -0.1, hx, hy, 0.38, 0.28), "body"),
+            (_Limb(-0.65, 0.0, 0.55, -0.05, 0.52, 0.47), "body"),
+            (_Limb(-0.78, 0.15, -0.78 + step, 0.93, 0.24, 0.16), "body"),
+            (_Limb(0.45, 0.15, 0.45 - step, 0.93, 0.22, 0.15), "body"),
+            (_Ellipse(hx, hy, 0.39, 0.33, 0.05), "body"),
             (_Ellipse(hx + 0.33, hy + 0.1, 0.21, 0.14, 0.04), "light"),
             (_Ellipse(hx + 0.5, hy + 0.07, 0.07, 0.06), "black"),
             (_Polygon(hx - 0.12, hy - 0.18, hx + 0.0, hy - 0.66, hx + 0.2, hy - 0.18), "second"),
             *_eye(hx + 0.14, hy - 0.06, 0.1),
         ],
         head=(hx - 0.08, hy - 0.4, -0.1, -0.99),
-        tail=(-1.52, tail, -0.86, -0.5),
+        tail=(-1.38, tail, -0.86, -0.5),
         flank=(-0.08, -0.02, 0.0, -1.0),
     )
 
 
 def _beetle(d: _Draws) -> _Creature:
-    wide, sway = d.between(0.55, 0.75), d.between(-0.12, 0.12)
+    wide, sway = d.between(0.66, 0.85), d.between(-0.12, 0.12)
     layers: list[tuple[_Shape, str]] = []
     for side in (-1.0, 1.0):
-        for root, knee, foot in ((0.6, 0.95, 1.15), (0.05, 0.1, -0.05), (-0.5, -0.75, -1.1)):
+        for root, knee, foot in ((0.6, 0.9, 1.05), (0.05, 0.1, -0.02), (-0.5, -0.75, -1.0)):
             bend = sway * side
             layers += [
-                (_Limb(root, 0.35 * side, knee + bend, 0.92 * side, 0.09, 0.07), "dark"),
-                (_Limb(knee + bend, 0.92 * side, foot + bend, 1.2 * side, 0.07, 0.04), "dark"),
+                (_Limb(root, 0.35 * side, knee + bend, 0.9 * side, 0.11, 0.08), "dark"),
+                (_Limb(knee + bend, 0.9 * side, foot + bend, 1.05 * side, 0.08, 0.06), "dark"),
             ]
-        layers.append((_Limb(1.1, 0.08 * side, 1.6, 0.42 * side + sway, 0.05, 0.035), "dark"))
+        layers.append((_Limb(1.1, 0.08 * side, 1.45, 0.4 * side + sway, 0.06, 0.045), "dark"))
     return _Creature(
         [
             *layers,
             (_Ellipse(1.08, 0.0, 0.28, 0.3), "dark"),
-            (_Ellipse(0.72, 0.0, 0.34, 0.78 * wide), "second"),
+            (_Ellipse(0.7, 0.0, 0.36, 0.8 * wide), "second"),
             (_Ellipse(-0.25, 0.0, 0.95, wide), "body"),
             (_Limb(0.6, 0.0, -1.18, 0.0, 0.03, 0.03), "dark"),
             (_Ellipse(1.2, -0.17, 0.08, 0.08), "white"),
@@ -559,7 +573,10 @@ def _turtle(d: _Draws) -> _Creature:
             (_Limb(0.55, 0.25, 0.65 - step, 0.72, 0.2, 0.17), "light"),
             (_Limb(0.75, 0.15, hx, hy, 0.2, 0.2), "light"),
             (_Ellipse(hx + 0.05, hy, 0.3, 0.24), "light"),
-            (_Polygon(-1.0, 0.3, -0.8, -0.6 * dome, -0.25, -dome, 0.3, -dome, 0.8, -0.6 * dome, 1.0, 0.3), "body"),
+            (
+                _Polygon(-1.0, 0.3, -0.8, -0.6 * dome, -0.25, -dome, 0.3, -dome, 0.8, -0.6 * dome, 1.0, 0.3),
+                "body",
+            ),
             (_Limb(-0.95, 0.32, 0.95, 0.32, 0.09, 0.09), "second"),
             (_Limb(-0.3, -0.8 * dome, -0.42, 0.25, 0.03, 0.03), "dark"),
             (_Limb(0.3, -0.8 * dome, 0.42, 0.25, 0.03, 0.03), "dark"),
@@ -607,7 +624,9 @@ def _lizard(d: _Draws) -> _Creature:
         for root, reach in ((3, -0.3), (5, 0.28)):
             x, y = xs[root], ys[root]
             legs.append((_Limb(x, y, x + reach * side, y + 0.5 * side, 0.11, 0.08), "second"))
-            legs.append((_Limb(x + reach * side, y + 0.5 * side, x + 0.3, y + 0.72 * side, 0.08, 0.06), "second"))
+            legs.append(
+                (_Limb(x + reach * side, y + 0.5 * side, x + 0.3, y + 0.72 * side, 0.08, 0.06), "second")
+            )
     return _Creature(
         [
             *legs,
@@ -658,7 +677,9 @@ class _Canvas:
 
         return span(y0, y1), span(x0, x1)
 
-    def paint(self, rows: slice, columns: slice, distance: Floats, colour: Floats, rim: float = 0.35) -> Floats:
+    def paint(
+        self, rows: slice, columns: slice, distance: Floats, colour: Floats, rim: float = 0.35
+    ) -> Floats:
         """Lay ``colour`` where ``distance`` (in image sides) is negative, darker towards the rim; return coverage."""
         pixels_away = distance * float(self.size)
         coverage = np.clip(0.5 - pixels_away, 0.0, 1.0)
@@ -667,7 +688,9 @@ class _Canvas:
         under += coverage * (colour * (1.0 - rim * edge) - under)
         return coverage
 
-    def paint_part(self, rows: slice, columns: slice, distance: Floats, colour: Rgb, r: float) -> tuple[Floats, Floats]:
+    def paint_part(
+        self, rows: slice, columns: slice, distance: Floats, colour: Rgb, r: float
+    ) -> tuple[Floats, Floats]:
         """Paint a part of radius ``r`` with its dark outline; return the coverage of part and outline, and of part."""
         outline = self.paint(rows, columns, distance - 0.14 * r, _rgb((0.08, 0.07, 0.07)), 0.0)
         return outline, self.paint(rows, columns, distance, _rgb(colour), 0.1)
@@ -675,7 +698,8 @@ class _Canvas:
     def window_of(self, shapes: Sequence[_Shape]) -> tuple[slice, slice]:
         """The window of shapes given in the coordinates of the image."""
         x0, y0, x1, y1 = (
-            max(shape.support(*direction) for shape in shapes) for direction in ((-1, 0), (0, -1), (1, 0), (0, 1))
+            max(shape.support(*direction) for shape in shapes)
+            for direction in ((-1, 0), (0, -1), (1, 0), (0, 1))
         )
         return self.window(-x0, -y0, x1, y1)
 
@@ -747,7 +771,7 @@ def _pebbles(d: _Draws, cells: int, canvas: _Canvas) -> tuple[Floats, Floats]:
 
 def _paint_background(canvas: _Canvas, d: _Draws, shift: float) -> list[Rgb]:
     """Fill the canvas with one of four textures (a fifth under domain shift) and return the colours used."""
-    colours = [d.colour((0.05, 0.35), (0.25, 0.9)) for _ in range(3)]
+    colours = [_shifted(d.colour((0.05, 0.35), (0.25, 0.9)), shift) for _ in range(3)]
     first, second, third = (_rgb(colour) for colour in colours)
     kind = d.pick(("blotches", "stripes", "pebbles", "ground"))
     foreign = d.unit() < shift
@@ -790,12 +814,23 @@ def _paint_pieces(canvas: _Canvas, d: _Draws, spec: SyntheticSpec) -> None:
             canvas.paint_shape(_Ellipse(x, y, 2.2 * r, 1.3 * r, d.unit()), colour)
         elif kind == "fin":
             side = d.between(0.6, 1.2) * r
-            corners = (x - side * uy, y + side * ux, x + side * uy, y - side * ux, x + 2.4 * r * ux, y + 2.4 * r * uy)
+            corners = (
+                x - side * uy,
+                y + side * ux,
+                x + side * uy,
+                y - side * ux,
+                x + 2.4 * r * ux,
+                y + 2.4 * r * uy,
+            )
             canvas.paint_shape(_Polygon(*corners), colour)
         elif kind == "head":
             canvas.paint_shape(_Ellipse(x, y, 1.2 * r, r, d.unit()), colour)
-            canvas.paint_shape(_Ellipse(x + 0.4 * r * ux, y + 0.4 * r * uy, 0.3 * r, 0.3 * r), (0.95, 0.95, 0.95), 0)
-            canvas.paint_shape(_Ellipse(x + 0.45 * r * ux, y + 0.45 * r * uy, 0.17 * r, 0.17 * r), (0.05,) * 3, 0)
+            canvas.paint_shape(
+                _Ellipse(x + 0.4 * r * ux, y + 0.4 * r * uy, 0.3 * r, 0.3 * r), (0.95, 0.95, 0.95), 0
+            )
+            canvas.paint_shape(
+                _Ellipse(x + 0.45 * r * ux, y + 0.45 * r * uy, 0.17 * r, 0.17 * r), (0.05,) * 3, 0
+            )
         else:  # every other one is a part that some class of this data set really has
             types, colours = _vocabulary(spec) if d.unit() < 0.5 else (len(PART_TYPES), len(PART_COLOURS))
             glyph, colour = d.pick(PART_TYPES[:types])[2], d.pick(PART_COLOURS[:colours])[1]
@@ -803,6 +838,11 @@ def _paint_pieces(canvas: _Canvas, d: _Draws, spec: SyntheticSpec) -> None:
             rows, columns = canvas.window_of(shapes)
             distance = _union(shapes, canvas.x[:, columns], canvas.y[rows])
             canvas.paint_part(rows, columns, distance, colour, r)
+
+
+def _difference(a: Rgb, b: Rgb) -> float:
+    red, green, blue = a[0] - b[0], a[1] - b[1], a[2] - b[2]
+    return red * red + green * green + blue * blue
 
 
 def _coat(d: _Draws, superclass: int) -> Rgb:
@@ -814,7 +854,7 @@ def _palette(d: _Draws, superclass: int, background: Sequence[Rgb], shift: float
     """Tones of one creature: of three body colours of its kind, the one that stands out most from the background."""
 
     def stands_out(colour: Rgb) -> float:
-        return min(sum((a - b) * (a - b) for a, b in zip(colour, other)) for other in background)
+        return min(_difference(colour, other) for other in background)
 
     body = max((_coat(d, superclass) for _ in range(3)), key=stands_out)
     second = _mix(body, d.colour((0.15, 0.6), (0.25, 0.95)), d.between(0.35, 0.8))
@@ -861,7 +901,7 @@ def render(spec: SyntheticSpec, split: str, index: int) -> dict[str, Any]:
         >>> scene["image"].shape, scene["label"], class_names(SyntheticSpec())[scene["label"]]
         ((64, 64, 3), 5, 'blue ring bird')
     """
-    check_split(split)
+    _check_split(split)
     size = spec.size_of(split)
     if not 0 <= index < size:
         raise IndexError(f"index {index} is outside 0..{size - 1} of split {split!r}")
@@ -918,7 +958,7 @@ def _paint_creature(
     if place != "flank":  # grows outwards from its root
         x, y = x + 0.75 * radius * ux, y + 0.75 * radius * uy
     part = _glyph(glyph, x, y, ux, uy, radius)
-    leaf = _Ellipse(x, y, 1.9 * radius, 1.5 * radius, look.unit())
+    leaf = _Ellipse(x, y, 2.0 * radius, 1.8 * radius, look.unit())
 
     # Pose: turn (animals seen from above lie anyhow, others stand about upright), mirror, size, place.
     turns = pose.unit() if name in _SEEN_FROM_ABOVE else pose.between(-0.07, 0.07)
@@ -930,9 +970,7 @@ def _paint_creature(
     x1, y1 = (max(shape.support(ax, ay) for shape in shapes) for ax, ay in (right, down))
     scale = pose.between(spec.scale_min, spec.scale_max) / max(x1 - x0, y1 - y0)
     width, height = scale * (x1 - x0), scale * (y1 - y0)
-    left, top = (
-        (1 - extent) * (0.5 + spec.spread * (pose.unit() - 0.5)) for extent in (width, height)
-    )
+    left, top = ((1 - extent) * (0.5 + 0.5 * spec.spread * _outwards(pose)) for extent in (width, height))
 
     margin = scale * radius * 2.5  # room for the leaf
     rows, columns = canvas.window(left - margin, top - margin, left + width + margin, top + height + margin)
@@ -953,13 +991,21 @@ def _paint_creature(
     visible_object, visible_part = np.maximum(covered, outline) >= 0.5, on_part >= 0.5
 
     if look.unit() < spec.part_hidden:
-        leaf_colour = _rgb(look.colour((0.3, 0.6), (0.3, 0.7)))
-        over = canvas.paint(rows, columns, leaf.distance(u, v) * scale, leaf_colour) >= 0.5
-        visible_object, visible_part = visible_object & ~over, visible_part & ~over
+        away = leaf.distance(u, v) * scale
+        beside = away > 0
+        if (visible_object & beside).any():  # a leaf over the whole of a tiny animal would leave no object
+            canvas.paint(rows, columns, away, _rgb(look.colour((0.3, 0.6), (0.3, 0.7))))
+            visible_object, visible_part = visible_object & beside, visible_part & beside
 
     mask, part_mask = np.zeros((2, canvas.size, canvas.size), np.bool_)
     mask[rows, columns], part_mask[rows, columns] = visible_object, visible_part
     return mask, part_mask
+
+
+def _outwards(d: _Draws) -> float:
+    """A number in [-1, 1] that avoids 0: objects uniform over the free room would still favour the middle."""
+    side = 2 * d.unit() - 1
+    return math.sqrt(side) if side > 0 else -math.sqrt(-side)
 
 
 def _pattern(d: _Draws, u: Floats, v: Floats, body: Floats, second: Floats) -> Floats:
@@ -1058,7 +1104,9 @@ def synthetic_dataset(spec: SyntheticSpec, split: str) -> datasets.Dataset:
     try:
         import datasets
     except ImportError:
-        raise InputError('the package datasets is missing; install it with pip install "attnmap-core[train]"') from None
+        raise InputError(
+            'the package datasets is missing; install it with pip install "attnmap-core[train]"'
+        ) from None
 
     size, labels = spec.size_of(split), np.array(spec.labels_of(split))
     columns = {

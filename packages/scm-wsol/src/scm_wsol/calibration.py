@@ -20,7 +20,7 @@ T       ``(b, n)``         the block's activation in ``[0, 1]``
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Literal, cast
@@ -510,7 +510,7 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
 
 
 @contextmanager
-def _full_float32() -> Iterator[None]:
+def _full_float32() -> Generator[None]:
     """Switch off the reduced-precision float32 products (TF32, bfloat16) that a program may have allowed."""
     changed: list[tuple[Any, str, Any]] = []
     for switches, name, exact in _REDUCED_PRECISION:

@@ -66,12 +66,12 @@ class ScmConfig(TrainConfig):
     logit_scale: float = 1.0
     """Control: multiply the training logits of any method."""
 
+    lr_steps: tuple[int, ...] = ()
+    """Epochs, counted from 1: the learning rate falls tenfold at each that one of these divides (as released).
+    Empty: ``schedule`` decides."""
+
     select_on: Literal["val", "test", "last"] = "val"
     """Split whose GT-known chooses the best checkpoint. ``test`` reproduces the released code's habit."""
-    val_fraction: float = 0.0
-    """Share of the training images held out as ``val`` where the data have no validation split."""
-    split_file: str | None = None
-    """JSON with fixed lists of image ids for train, val, test."""
     protocols: tuple[str, ...] = ("standard",)
     """Metric protocols of the final evaluation: standard, scm, tscam."""
     threshold_step: float = 0.01

@@ -32,9 +32,9 @@ def import_checkpoint(path: str | Path, *, backbone: str | None = None, **option
     """Read an official checkpoint into a model; nothing in the file is executed.
 
     Args:
-        path: ``.pth`` file. With calibration scalars it becomes an :class:`SCM` (iterations as in the released
-            code, 16, 4, 4, 4, unless ``calibration_options`` say otherwise), without them a :class:`TSCAM`. A
-            plain DeiT file gives a :class:`TSCAM` whose convolution head still has to be trained.
+        path: ``.pth`` file. With calibration scalars it becomes an :class:`SCM` (iterations as in the
+            released code, 16, 4, 4, 4, unless ``calibration_options`` say otherwise), without them a
+            :class:`TSCAM`. A plain DeiT file gives a :class:`TSCAM` whose head still has to be trained.
         backbone: timm name; default: the DeiT of the file's width.
         **options: arguments of the model, such as ``labels``, ``threshold``, ``backbone_options``, or
             ``num_classes`` (for plain DeiT files).
@@ -43,8 +43,8 @@ def import_checkpoint(path: str | Path, *, backbone: str | None = None, **option
         The model, in evaluation mode.
 
     Raises:
-        InputError: if the file is missing, damaged, needs unpickling of more than tensors and numbers, or does
-            not fit the backbone; the message names the keys.
+        InputError: if the file is missing, damaged, needs unpickling of more than tensors and numbers, or
+            does not fit the backbone; the message names the keys.
     """
     path = Path(path)
     state = {key.removeprefix("module."): value for key, value in _read(path).items()}
@@ -61,6 +61,7 @@ def import_checkpoint(path: str | Path, *, backbone: str | None = None, **option
         )
     side = round((state["pos_embed"].shape[1] - 1) ** 0.5) * patch
     options.setdefault("img_size", side)
+    options.setdefault("preprocessing", {"size": [side, side], "interpolation": "bilinear"})
 
     head = state.get("head.weight")
     trained = head is not None and head.ndim == 4
@@ -80,6 +81,8 @@ def import_checkpoint(path: str | Path, *, backbone: str | None = None, **option
         model = SCM(backbone, calibration_options=calibration, **options)
     else:
         model = TSCAM(backbone, **options)
+    if options.get("reset_head_bias"):
+        state = {key: value for key, value in state.items() if trained or not key.startswith("head.")}
     _load(model, state, path, trained_head=trained)
     return model.eval()
 
@@ -120,8 +123,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     except InputError as error:
         if isinstance(error.__cause__, pickle.UnpicklingError) and "weights_only" in str(error.__cause__):
             raise InputError(
-                f"{path}: holds objects other than tensors and numbers; unpickling them could run any code, so it "
-                "is refused; save it again with its state_dict alone"
+                f"{path}: holds more than tensors and numbers, and unpickling the rest could run any code; "
+                "save it again with its state_dict alone"
             ) from error
         raise
 

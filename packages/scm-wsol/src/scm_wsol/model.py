@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from attnmap_core.backbones import AttentionTap, create_backbone, read_weights
@@ -28,6 +28,7 @@ from .calibration import SpatialCalibration, minmax
 _logger = logging.getLogger(__name__)
 
 Method = Literal["tscam", "cam"]
+_Model = TypeVar("_Model", bound="TSCAM")
 
 
 class Maps(NamedTuple):
@@ -44,7 +45,13 @@ class Maps(NamedTuple):
     attention: Tensor
 
 
-class TSCAM(PretrainedModel):
+class TSCAM(
+    PretrainedModel,
+    license="apache-2.0",
+    tags=["weakly-supervised-object-localization", "scm-wsol"],
+    pipeline_tag="image-classification",
+    paper_url="https://arxiv.org/abs/2103.14862",
+):
     r"""Token semantic coupled attention map: classifier and localizer in one.
 
     .. math:: S^0 = \mathrm{conv}(Z), \quad f = \sum_k \tfrac{1}{h} \sum_{\mathrm{heads}} A^k_{\mathrm{cls}},
@@ -60,8 +67,8 @@ class TSCAM(PretrainedModel):
         drop_path_rate: largest stochastic depth rate, growing linearly over the blocks; training only.
         method: whose score map :meth:`localize` gives: ``"tscam"`` or ``"cam"`` (S⁰ alone).
         attention_blocks: blocks whose attention is summed; default all.
-        normalise_attention: bring f to [0, 1] before it multiplies S⁰. Default: as the method does (TS-CAM no,
-            SCM yes).
+        normalise_attention: bring f to [0, 1] before it multiplies S⁰. Default: as the method does (TS-CAM
+            no, SCM yes). Calibration always starts from the normalised map.
         logit_scale: factor of the training logits; other than 1 it is a control, not the published method.
         interpolation: how score maps are upsampled, ``"bicubic"`` or ``"bilinear"``.
         threshold: share of a score map's maximum above which pixels belong to the object.
@@ -80,6 +87,8 @@ class TSCAM(PretrainedModel):
         >>> tuple(maps.semantic.shape), tuple(model.class_maps(maps, torch.tensor([3, 0])).shape)
         ((2, 4, 4, 6), (2, 4, 6))
     """
+
+    _normalised = False  # whether the method brings the attention map to [0, 1]
 
     def __init__(
         self,
@@ -105,15 +114,19 @@ class TSCAM(PretrainedModel):
         super().__init__()
         if method not in ("tscam", "cam"):
             raise ValueError(f"method must be tscam or cam, got {method!r}")
+        if interpolation not in ("bicubic", "bilinear"):
+            raise ValueError(f"interpolation must be bicubic or bilinear, got {interpolation!r}")
         if num_classes < 1 or head_kernel < 1 or head_kernel % 2 == 0:
             raise ValueError(
-                f"num_classes {num_classes} must be 1 or more and head_kernel {head_kernel} an odd number"
+                f"expected num_classes >= 1 and odd head_kernel, got {num_classes}, {head_kernel}"
             )
+        if labels is not None and len(labels) != num_classes:
+            raise ValueError(f"{len(labels)} labels do not fit num_classes {num_classes}")
+        # labels, preprocessing and threshold are already taken by PretrainedModel
         self.method = method
         self.normalise_attention = self._normalised if normalise_attention is None else normalise_attention
         self.logit_scale = logit_scale
         self.interpolation = interpolation
-        self.threshold = threshold
         size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
         self.backbone = create_backbone(
             backbone,
@@ -127,15 +140,13 @@ class TSCAM(PretrainedModel):
             self.tap = AttentionTap(self.backbone, attention_blocks).attach()
         except ValueError as error:
             raise InputError(
-                f"backbone {backbone!r}: {error}; choose a ViT such as deit_small_patch16_224"
+                f"backbone {backbone}, attention_blocks {attention_blocks}: {error}; "
+                "choose a ViT with a class token, and some of its blocks"
             ) from error
         # The head keeps PyTorch's own initialisation, as in the released code.
         self.head = nn.Conv2d(self.backbone.num_features, num_classes, head_kernel, padding=head_kernel // 2)
         if not reset_head_bias:
             self._take_pretrained_head(backbone, pretrained, weights)
-
-    _normalised = False
-    """Whether the method brings the attention map to [0, 1]."""
 
     # --- S⁰ and f ---
 
@@ -221,9 +232,7 @@ class TSCAM(PretrainedModel):
         A linear weight never fits the convolution; its bias does where the number of classes is the same.
         """
         if weights is not None:
-            found = {
-                k: v for k, v in read_weights(Path(weights)).items() if k in ("head.weight", "head.bias")
-            }
+            found = read_weights(Path(weights))
         elif pretrained:
             found = _timm_head(backbone, self.head.out_channels)
         else:
@@ -235,7 +244,7 @@ class TSCAM(PretrainedModel):
                     _logger.info("%s taken from the pretrained classifier", name)
 
 
-class SCM(TSCAM):
+class SCM(TSCAM, paper_url="https://arxiv.org/abs/2207.10447"):
     r"""TS-CAM trained through the spatial calibration module, which inference drops.
 
     .. math:: (S^L, F^L) = \mathrm{calibration}(S^0, F^0), \quad F^0 = \mathrm{minmax}(f), \quad
@@ -245,8 +254,8 @@ class SCM(TSCAM):
     :math:`F^0`. The two differ in scale by design.
 
     Args:
-        calibration_options: see :class:`SpatialCalibration`, such as ``{"iterations": "release"}``. The rest is
-            that of :class:`TSCAM`.
+        calibration_options: of :class:`SpatialCalibration`, such as ``{"iterations": "release"}``. The rest
+            as for :class:`TSCAM`.
 
     Example:
         >>> tiny = {"patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 3}
@@ -264,11 +273,57 @@ class SCM(TSCAM):
         num_classes: int = 200,
         img_size: int | Sequence[int] = 224,
         *,
+        head_kernel: int = 3,
+        drop_path_rate: float = 0.1,
+        method: Method = "tscam",
+        attention_blocks: Sequence[int] | None = None,
+        normalise_attention: bool | None = None,
+        logit_scale: float = 1.0,
+        interpolation: Literal["bicubic", "bilinear"] = "bicubic",
+        threshold: float = 0.1,
+        labels: Sequence[str] | None = None,
+        preprocessing: dict[str, Any] | None = None,
+        pretrained: bool = False,
+        weights: str | None = None,
+        reset_head_bias: bool = False,
+        backbone_options: dict[str, Any] | None = None,
         calibration_options: dict[str, Any] | None = None,
-        **options: Any,
     ) -> None:
-        super().__init__(backbone, num_classes, img_size, **options)
+        # All by name in the signature, so that config.json holds every value.
+        super().__init__(
+            backbone,
+            num_classes,
+            img_size,
+            head_kernel=head_kernel,
+            drop_path_rate=drop_path_rate,
+            method=method,
+            attention_blocks=attention_blocks,
+            normalise_attention=normalise_attention,
+            logit_scale=logit_scale,
+            interpolation=interpolation,
+            threshold=threshold,
+            labels=labels,
+            preprocessing=preprocessing,
+            pretrained=pretrained,
+            weights=weights,
+            reset_head_bias=reset_head_bias,
+            backbone_options=backbone_options,
+        )
         self.calibration = SpatialCalibration(**(calibration_options or {}))
+
+    @classmethod
+    def from_tscam(cls, model: TSCAM, **calibration_options: Any) -> Self:
+        """An untrained calibration on the weights of ``model``: the control for training through it."""
+        config = dict(model._config)
+        config.update(normalise_attention=None, calibration_options=calibration_options)
+        return _with_weights_of(model, cls(**config))
+
+    def without_calibration(self) -> TSCAM:
+        """The same predictions from a model that holds no calibration."""
+        config = dict(self._config)
+        config.update(normalise_attention=self.normalise_attention)
+        del config["calibration_options"]
+        return _with_weights_of(self, TSCAM(**config))
 
     def training_logits(self, images: Tensor) -> Tensor:
         """Logits ``(b, c)`` that the loss sees: the pooled S^L."""
@@ -300,6 +355,15 @@ class SCM(TSCAM):
         return _of_classes(S[int(pair[0])], classes) * rearrange(F[int(pair[1])], "b h w -> b 1 h w")
 
 
+def _with_weights_of(source: TSCAM, model: _Model) -> _Model:
+    """Give ``model`` the backbone and head of ``source``, and what else a model folder would hold."""
+    model.backbone.load_state_dict(source.backbone.state_dict())
+    model.head.load_state_dict(source.head.state_dict())
+    model.labels, model.threshold = list(source.labels), source.threshold
+    model.preprocessing = source.preprocessing
+    return model.to(source.head.weight.device, source.head.weight.dtype).train(source.training)
+
+
 def _pool(S: Tensor) -> Tensor:
     """Mean over the grid, in float32 or wider also under autocast."""
     return S.mean(dim=(2, 3), dtype=torch.promote_types(S.dtype, torch.float32))
@@ -320,11 +384,11 @@ def _of_classes(S: Tensor, classes: Tensor) -> Tensor:
 
 
 def _timm_head(name: str, num_classes: int) -> dict[str, Tensor]:
-    """Bias of the published classifier (its file is in the local cache by now), if it has these classes."""
+    """The published classifier (its file is in the local cache by now), if it has as many classes."""
     import timm
 
     config = timm.models.get_pretrained_cfg(name)
     if config is None or config.num_classes != num_classes:
         return {}
-    classifier = timm.create_model(name, pretrained=True).get_classifier()
-    return {f"head.{key}": value for key, value in classifier.state_dict().items()}
+    network: Any = timm.create_model(name, pretrained=True)
+    return {f"head.{key}": value for key, value in network.get_classifier().state_dict().items()}

@@ -36,7 +36,7 @@ class ClassificationTask:
 
         Returns:
             Scalars: ``loss`` with gradient, the mean over the batch; without gradient ``accuracy``, and for
-            SCM ``lambda_l`` and ``beta_l`` of each block l, ``active_share`` (of cells with T > 0.5, mean over
+            SCM ``lambda_l`` and ``beta_l`` of each block l, ``active_share`` (of cells with T > 0.5, over all
             blocks) and ``mean_weight`` (of the pooling weights w, which scale the training logits).
         """
         logits = model(batch["images"])  # through the wrapper, so that its hooks gather gradients
@@ -70,8 +70,8 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 class DivisibleStep(Scheduler):
     """Step decay with a quirk of the published runs: an epoch that a listed step *divides* decays too.
 
-    At the start of epoch e, counted from 1, the learning rate is multiplied by ``decay`` once if e is divisible
-    by any of ``steps``. Steps 10 and 12 over 20 epochs thus lower it at 10, 12 and again at 20.
+    At the start of epoch e, counted from 1, the learning rate is multiplied by ``decay`` once if e is
+    divisible by any of ``steps``. Steps 10 and 12 over 20 epochs thus lower it at 10, 12 and again at 20.
 
     Args:
         optimizer: its current learning rates are those before any decay.

@@ -6,12 +6,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from ...boxes import xyxy_to_xywh
 from ...errors import InputError
+
+if TYPE_CHECKING:
+    import datasets
 
 BoxXYWH: TypeAlias = tuple[float, float, float, float]
 
@@ -157,3 +160,41 @@ def check_files(records: Iterable[Record], source: Path) -> None:
                 f"{missing}: no such file, but {source} has a row for {record.image_id}; "
                 "add the file or remove the row"
             )
+
+
+def import_datasets() -> Any:
+    """The ``datasets`` library, which inference does without.
+
+    Raises:
+        InputError: if it is not installed.
+    """
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        if error.name != "datasets":
+            raise
+        raise InputError(
+            'the package datasets is not installed, data sets need it; run: pip install "attnmap-core[train]"'
+        ) from None
+    return datasets
+
+
+def image_features(labels: Sequence[str]) -> datasets.Features:
+    """The features that all sources share.
+
+    ``image_id``: string. ``image``, ``ignore`` and each of ``masks``: ``{"path", "bytes"}``, undecoded.
+    ``label``: class index. ``objects.bbox``: ``[x, y, width, height]`` each, float64 pixels, top left origin.
+    """
+    library = import_datasets()
+    # Sequence, not List: the oldest datasets supported has only the former.
+    boxes = library.Sequence(library.Sequence(library.Value("float64"), length=4))
+    return library.Features(
+        {
+            "image_id": library.Value("string"),
+            "image": library.Image(decode=False),
+            "label": library.ClassLabel(names=list(labels)),
+            "objects": {"bbox": boxes},
+            "masks": library.Sequence(library.Image(decode=False)),
+            "ignore": library.Image(decode=False),
+        }
+    )

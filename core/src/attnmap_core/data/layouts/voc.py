@@ -61,7 +61,7 @@ def list_voc(root: Path) -> Listing:
     """List photos in ``images`` (or ``JPEGImages``) with XML files in ``annotations`` (or ``Annotations``).
 
     Photo and XML share their name below these folders, but for the suffix. The class is the folder of
-    the photo below ``images``; without such folders it is the name of the photo's objects, which must be one name (a
+    the photo below ``images``; without such folders it is the name of the objects, which must be one name (a
     photo without an XML file is taken where all objects bear one name). No official split.
 
     Raises:

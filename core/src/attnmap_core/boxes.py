@@ -1,0 +1,321 @@
+"""Score map -> boxes, and the box conventions of this field: they live here and nowhere else.
+
+Three conventions meet in weakly supervised localization:
+
+- *photo* boxes: float pixels of the photo, end exclusive; what users give and get;
+- *frame* boxes: integers in the square frame of the network input (224 x 224), whose IoU counts pixels inclusively;
+- ``xywh`` in files, ``xyxy`` everywhere else.
+
+Boxes of a score map follow the reference WSOL evaluator: the map becomes uint8, a threshold makes it binary, and each
+contour gives a box. No OpenCV is needed: an outer border is an 8-connected region, a hole border surrounds a
+4-connected region of background.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Boxes = NDArray[np.float64]
+Interpolation = Literal["bicubic", "bilinear"]
+
+# --- Maps ---------------------------------------------------------------------------------------------------------
+
+
+def minmax_normalise(score_map: ArrayLike) -> NDArray[np.float64]:
+    """Shift and scale the last two axes to ``[0, 1]``; a constant or non-finite map becomes zeros.
+
+    Example:
+        >>> minmax_normalise([[2.0, 4.0], [3.0, 2.0]]).tolist()
+        [[0.0, 1.0], [0.5, 0.0]]
+        >>> minmax_normalise([[7.0, 7.0]]).tolist()
+        [[0.0, 0.0]]
+    """
+    values = np.asarray(score_map, dtype=np.float64)
+    finite = np.isfinite(values).all(axis=(-2, -1), keepdims=True)
+    shifted = np.where(finite, values, 0.0)
+    shifted = shifted - shifted.min(axis=(-2, -1), keepdims=True)
+    peak = shifted.max(axis=(-2, -1), keepdims=True)
+    return np.divide(shifted, peak, out=np.zeros_like(shifted), where=peak > 0)
+
+
+def upsample_score_map(
+    score_map: ArrayLike, size: tuple[int, int] = (224, 224), interpolation: Interpolation = "bicubic"
+) -> NDArray[np.float64]:
+    """Enlarge raw maps as OpenCV does, then normalise each to ``[0, 1]``.
+
+    Half-pixel centres, no antialias, edges repeated; bicubic with a = -0.75 overshoots, so clip nothing before.
+
+    Args:
+        score_map: ``(..., h, w)``, any sign and scale.
+        size: ``(height, width)`` of the result.
+        interpolation: ``"bicubic"`` (reference evaluator) or ``"bilinear"`` (SCM's and TS-CAM's own code).
+
+    Returns:
+        ``(..., height, width)`` float64 in ``[0, 1]``.
+
+    Raises:
+        ValueError: for another interpolation.
+
+    Example:
+        >>> upsample_score_map([[0.0, 1.0]], (1, 4), "bilinear").round(2).tolist()
+        [[0.0, 0.25, 0.75, 1.0]]
+    """
+    if interpolation not in ("bicubic", "bilinear"):
+        raise ValueError(f"interpolation must be bicubic or bilinear, got {interpolation!r}")
+    values = np.asarray(score_map, dtype=np.float64)
+    rows = _resize_matrix(values.shape[-2], size[0], interpolation)
+    columns = _resize_matrix(values.shape[-1], size[1], interpolation)
+    return minmax_normalise(rows @ np.where(np.isfinite(values), values, np.nan) @ columns.T)
+
+
+@lru_cache(maxsize=32)
+def _resize_matrix(old: int, new: int, interpolation: Interpolation) -> NDArray[np.float64]:
+    """``(new, old)`` weights of a one-dimensional resize."""
+    centre = (np.arange(new) + 0.5) * old / new - 0.5
+    start = np.floor(centre)
+    t = centre - start
+    if interpolation == "bilinear":
+        taps = {0: 1 - t, 1: t}
+    else:
+        a = -0.75
+        far, near = ((a * (x - 5) * x + 8 * a) * x - 4 * a for x in (t + 1, 2 - t)), (t, 1 - t)
+        first, last = far
+        inner = [((a + 2) * x - (a + 3)) * x * x + 1 for x in near]
+        taps = {-1: first, 0: inner[0], 1: inner[1], 2: last}
+    matrix = np.zeros((new, old))
+    for offset, weight in taps.items():
+        source = np.clip(start + offset, 0, old - 1).astype(int)
+        np.add.at(matrix, (np.arange(new), source), weight)
+    matrix.flags.writeable = False
+    return matrix
+
+
+def score_map_to_uint8(score_map: ArrayLike) -> NDArray[np.uint8]:
+    """``floor(255 * map)``; the map must lie in ``[0, 1]``.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    values = np.asarray(score_map)
+    if values.dtype == np.uint8:
+        return values
+    if values.size and not (values.min() >= 0 and values.max() <= 1):
+        raise ValueError(f"score map in [{values.min()}, {values.max()}], expected [0, 1]; normalise it first")
+    return (values * 255).astype(np.uint8)
+
+
+# --- Boxes of a map -----------------------------------------------------------------------------------------------
+
+
+def threshold_levels(thresholds: ArrayLike, peak: int) -> NDArray[np.int64]:
+    """Integer levels t = int(threshold * peak): a pixel is foreground where its uint8 value is above t."""
+    return (np.asarray(thresholds, dtype=np.float64) * peak).astype(np.int64)
+
+
+def boxes_from_score_map(
+    score_map: ArrayLike,
+    threshold: float,
+    contours: Literal["largest", "all"] = "largest",
+    convention: Literal["wsol", "tscam"] = "wsol",
+) -> NDArray[np.int64]:
+    """Boxes around what a score map holds above a threshold, by the reference WSOL evaluator's rules.
+
+    Args:
+        score_map: ``(h, w)`` float in ``[0, 1]``, or uint8.
+        threshold: share of the map's maximum in ``[0, 1)``.
+        contours: ``"largest"`` keeps the contour of largest polygon area (MaxBoxAccV1), ``"all"`` every one, hole
+            borders included (V2).
+        convention: ``"wsol"`` as the evaluator; ``"tscam"`` does not clip the end to the frame, and answers
+            ``[0, 0, 1, 1]`` in place of ``[0, 0, 0, 0]`` where nothing is above the threshold.
+
+    Returns:
+        ``(k, 4)`` int xyxy in map pixels, ``k >= 1``, in OpenCV's contour order. The end is the exclusive edge,
+        clipped to the last pixel, which the evaluators then read as inclusive.
+
+    Example:
+        >>> score_map = np.zeros((6, 6))
+        >>> score_map[1:4, 2:4] = 0.8
+        >>> boxes_from_score_map(score_map, 0.5).tolist()
+        [[2, 1, 4, 4]]
+    """
+    values = score_map_to_uint8(score_map)
+    level = int(threshold_levels(threshold, int(values.max(initial=0))))
+    found = _contours(values > level, every=contours == "all")
+    if not len(found):
+        return np.array([[0, 0, 1, 1] if convention == "tscam" else [0, 0, 0, 0]], dtype=np.int64)
+    boxes = found + np.array([0, 0, 1, 1])
+    if convention == "wsol":
+        height, width = values.shape
+        boxes[:, 2:] = np.minimum(boxes[:, 2:], [width - 1, height - 1])
+    return boxes
+
+
+_EIGHT, _FOUR = np.ones((3, 3), int), np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]])
+
+
+def _contours(binary: NDArray[np.bool_], *, every: bool) -> NDArray[np.int64]:
+    """Inclusive boxes ``(k, 4)`` of the contours, in the order of OpenCV's RETR_TREE, or of the largest alone.
+
+    The order is depth first; among siblings the one found last in raster order comes first.
+    """
+    from scipy import ndimage
+
+    regions, count = ndimage.label(binary, structure=_EIGHT)
+    if not count:
+        return np.zeros((0, 4), dtype=np.int64)
+    padded, _ = ndimage.label(np.pad(~binary, 1, constant_values=True), structure=_FOUR)
+    background = padded[1:-1, 1:-1]  # 1 is what lies outside all regions, around the frame
+    region_boxes, region_first = _extents(regions)
+    # The background around a region is that left of its first pixel; the region around a hole likewise.
+    outside = _left_of(background, region_first, frame=1)
+    if not every:
+        top_level = np.flatnonzero(outside == 1)  # a region inside a hole is smaller than the one around it
+        filled, _ = ndimage.label(background != 1, structure=_EIGHT)
+        area = _polygon_areas(filled)[filled.flat[region_first[top_level]] - 1]
+        best = max(range(len(top_level)), key=lambda k: (area[k], region_first[top_level[k]]))
+        return region_boxes[top_level[best]][None]
+    hole_boxes, hole_first = _extents(np.where(background > 1, background - 1, 0))
+    around = _left_of(regions, hole_first, frame=0) if len(hole_first) else np.zeros(0, dtype=int)
+    inside: dict[tuple[str, int], list[int]] = {}
+    for k in np.argsort(-region_first):
+        inside.setdefault(("background", int(outside[k])), []).append(int(k))
+    for k in np.argsort(-hole_first):
+        inside.setdefault(("region", int(around[k])), []).append(int(k))
+    found: list[NDArray[np.int64]] = []
+    stack = [("region", k) for k in reversed(inside[("background", 1)])]
+    while stack:
+        kind, k = stack.pop()
+        if kind == "region":
+            found.append(region_boxes[k])
+            stack += [("hole", hole) for hole in reversed(inside.get(("region", k + 1), []))]
+        else:
+            found.append(hole_boxes[k] + np.array([-1, -1, 1, 1]))  # the border runs around the hole
+            stack += [("region", region) for region in reversed(inside.get(("background", k + 2), []))]
+    return np.stack(found)
+
+
+def _extents(labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Inclusive boxes ``(k, 4)`` of labels 1..k and the raster index of each one's first pixel."""
+    from scipy import ndimage
+
+    slices = ndimage.find_objects(labels)
+    boxes = [(x.start, y.start, x.stop - 1, y.stop - 1) for y, x in slices]
+    _, first = np.unique(labels, return_index=True)
+    return np.array(boxes, dtype=np.int64).reshape(-1, 4), first[len(first) - len(boxes) :]
+
+
+def _left_of(labels: NDArray[np.int64], pixels: NDArray[np.int64], frame: int) -> NDArray[np.int64]:
+    """Label left of each pixel, ``frame`` at the left edge."""
+    return np.where(pixels % labels.shape[1] == 0, frame, labels.flat[np.maximum(pixels - 1, 0)])
+
+
+def _polygon_areas(labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Area of the polygon through the border pixels' centres, of each hole-free region 1..k.
+
+    Each 2 x 2 block counts one if all its pixels are inside, one half if three are.
+    """
+    blocks = np.stack([labels[:-1, :-1], labels[:-1, 1:], labels[1:, :-1], labels[1:, 1:]])
+    inside = (blocks > 0).sum(0)
+    area = np.where(inside == 4, 1.0, np.where(inside == 3, 0.5, 0.0))
+    # Pixels of one block touch, so all of its labels are one.
+    return np.bincount(blocks.max(0).ravel(), weights=area.ravel(), minlength=labels.max() + 1)[1:]
+
+
+# --- Conversions and IoU ------------------------------------------------------------------------------------------
+
+
+def xywh_to_xyxy(boxes_xywh: ArrayLike) -> Boxes:
+    """``(..., 4)`` corner and size to corners, end exclusive."""
+    boxes = np.asarray(boxes_xywh, dtype=np.float64)
+    return np.concatenate([boxes[..., :2], boxes[..., :2] + boxes[..., 2:]], axis=-1)
+
+
+def xyxy_to_xywh(boxes_xyxy: ArrayLike) -> Boxes:
+    """``(..., 4)`` corners, end exclusive, to corner and size."""
+    boxes = np.asarray(boxes_xyxy, dtype=np.float64)
+    return np.concatenate([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], axis=-1)
+
+
+def resize_boxes(
+    boxes_xyxy: ArrayLike,
+    size_wh: tuple[float, float],
+    to_wh: tuple[int, int] = (224, 224),
+    convention: Literal["wsol", "scm"] = "wsol",
+) -> NDArray[np.int64]:
+    """Photo boxes in the integer frame of the evaluators.
+
+    Args:
+        boxes_xyxy: ``(k, 4)`` photo pixels.
+        size_wh: width and height of the photo.
+        to_wh: width and height of the frame.
+        convention: ``"wsol"`` truncates ``coordinate * side / photo side`` and clips nothing; ``"scm"`` (also
+            TS-CAM's) truncates corner and size first, divides before it multiplies, and clips to the frame.
+
+    Returns:
+        ``(k, 4)`` int.
+    """
+    boxes = np.asarray(boxes_xyxy, dtype=np.float64).reshape(-1, 4)
+    photo, frame = np.tile(np.asarray(size_wh, dtype=np.float64), 2), np.tile(np.asarray(to_wh), 2)
+    if convention == "wsol":
+        return (boxes * frame / photo).astype(np.int64)
+    corner = boxes[:, :2].astype(np.int64)
+    size = xyxy_to_xywh(boxes)[:, 2:].astype(np.int64)
+    scaled = np.concatenate([corner, corner + size], axis=1) / photo * frame
+    return np.clip(scaled, 0, np.where([True, True, False, False], np.inf, frame - 1)).astype(np.int64)
+
+
+def boxes_to_photo(
+    boxes_xyxy: ArrayLike, frame_wh: tuple[int, int], seen_xyxy: tuple[float, float, float, float]
+) -> Boxes:
+    """Boxes of :func:`boxes_from_score_map` in photo pixels, end exclusive.
+
+    Args:
+        boxes_xyxy: ``(k, 4)`` in the frame, the end one past the pixel except at the last one.
+        frame_wh: width and height of the frame.
+        seen_xyxy: rectangle of the photo that the frame shows.
+    """
+    boxes = np.array(boxes_xyxy, dtype=np.float64).reshape(-1, 4)
+    last = np.asarray(frame_wh, dtype=np.float64) - 1
+    boxes[:, 2:] = np.where(boxes[:, 2:] >= last, last + 1, boxes[:, 2:])  # undo the clip to the last pixel
+    x0, y0, x1, y1 = seen_xyxy
+    scale = np.array([x1 - x0, y1 - y0]) / np.asarray(frame_wh)
+    return boxes * np.tile(scale, 2) + np.tile([x0, y0], 2)
+
+
+def box_iou(
+    a_xyxy: ArrayLike, b_xyxy: ArrayLike, convention: Literal["inclusive", "continuous"] = "inclusive"
+) -> NDArray[np.float64]:
+    """Intersection over union of every pair of boxes.
+
+    Args:
+        a_xyxy: ``(a, 4)``.
+        b_xyxy: ``(b, 4)``.
+        convention: ``"inclusive"`` counts pixels, ends included (the evaluators, integer boxes); ``"continuous"``
+            measures areas, end exclusive.
+
+    Returns:
+        ``(a, b)`` in ``[0, 1]``; 0 where the union is empty.
+
+    Raises:
+        ValueError: for a box that ends before it begins, or (inclusive) has a negative coordinate.
+
+    Example:
+        >>> box_iou([[0, 0, 9, 9]], [[0, 0, 9, 4], [5, 5, 5, 5]]).tolist()
+        [[0.5, 0.01]]
+    """
+    a = np.asarray(a_xyxy, dtype=np.float64).reshape(-1, 1, 4)
+    b = np.asarray(b_xyxy, dtype=np.float64).reshape(1, -1, 4)
+    for boxes in (a, b):
+        wrong = (boxes[..., 2:] < boxes[..., :2]).any() or (convention == "inclusive" and (boxes < 0).any())
+        if wrong:
+            raise ValueError(f"boxes must be xyxy with x0 <= x1, y0 <= y1 and not negative, got {boxes.reshape(-1, 4)}")
+    one = 1.0 if convention == "inclusive" else 0.0
+    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]) + one
+    inter = np.prod(np.maximum(sides, 0), axis=-1)
+    area_a, area_b = (np.prod(boxes[..., 2:] - boxes[..., :2] + one, axis=-1) for boxes in (a, b))
+    union = area_a + area_b - inter
+    return np.divide(inter, union, out=np.zeros_like(union), where=union > 0)

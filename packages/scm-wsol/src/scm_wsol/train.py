@@ -1,0 +1,160 @@
+"""Train SCM, TS-CAM or CAM: ``accelerate launch -m scm_wsol.train RECIPE [--field value ...]``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from attnmap_core.data.loaders import SampleDataset, StreamDataset, gather_objects, import_training_extra
+from attnmap_core.data.sources import ImageData, load_data
+from attnmap_core.data.transforms import Preprocessing, train_transform
+from attnmap_core.errors import InputError
+from attnmap_core.files import atomic_folder, new_output_folder, write_json, write_text
+from attnmap_core.recipes import resolved_toml, run_record
+from attnmap_core.training import TrainResult, start_accelerator, timm_schedule
+from attnmap_core.training import train as run_training
+
+from .config import ScmConfig
+from .evaluate import Evaluation, evaluate_model, write_results
+from .model import SCM, TSCAM
+from .task import ClassificationTask, DivisibleStep
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(config: ScmConfig, labels: list[str]) -> TSCAM:
+    """The model a config describes, with fresh or pretrained weights drawn from ``config.seed``."""
+    torch.manual_seed(config.seed)
+    options: dict[str, Any] = {
+        "backbone": config.backbone,
+        "num_classes": len(labels),
+        "img_size": config.image_size,
+        "head_kernel": config.head_kernel,
+        "drop_path_rate": config.drop_path_rate,
+        "logit_scale": config.logit_scale,
+        "threshold": config.fixed_threshold,
+        "labels": labels,
+        "preprocessing": preprocessing(config).to_dict(),
+        "pretrained": config.pretrained,
+        "weights": config.weights,
+        "reset_head_bias": config.reset_head_bias,
+        "backbone_options": dict(config.backbone_options),
+    }
+    if config.method == "scm":
+        return SCM(**options, calibration_options=config.calibration_options())
+    return TSCAM(**options, method=config.method)
+
+
+def preprocessing(config: ScmConfig) -> Preprocessing:
+    """Test photos are resized straight to the input, without a crop."""
+    return Preprocessing(size=(config.image_size, config.image_size), mean=config.mean, std=config.std)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: ScmConfig, steps_per_epoch: int | None) -> Any:
+    """The released step rule where ``lr_steps`` are given, timm's schedules otherwise."""
+    if config.lr_steps:
+        return DivisibleStep(optimizer, steps=config.lr_steps)
+    return timm_schedule(optimizer, config, steps_per_epoch)
+
+
+def train(config: ScmConfig, header: str = "", resume: bool = False, overwrite: bool = False) -> TrainResult:
+    """Train as configured, choose a checkpoint, evaluate it on the test split, and write the run folder.
+
+    Args:
+        config: the run; its ``output_dir`` receives everything.
+        header: comment block of the recipe, kept with the resolved recipe.
+        resume: go on from the newest checkpoint.
+        overwrite: replace an existing run folder.
+
+    Raises:
+        InputError: for data, settings or a folder that cannot be used.
+    """
+    config.check()
+    run = Path(config.output_dir)
+    prepare_run(run, config, header, resume=resume, overwrite=overwrite)
+    data = {split: load_split(config, split) for split in needed_splits(config)}
+    train_data = data["train"]
+    model = build_model(config, train_data.labels)
+    transform = train_transform(model.preprocessing, resize=config.resize, flip=config.flip)
+    samples = (StreamDataset if train_data.streaming else SampleDataset)(train_data, transform, seed=config.seed)
+    selection = data.get(config.select_on)
+    if config.select_on == "test":
+        logger.warning("select_on test: the checkpoint is chosen on the split it is reported on; the numbers flatter")
+
+    def validate(candidate: Any, accelerator: Any) -> dict[str, float]:
+        assert selection is not None
+        return evaluate_model(candidate, selection, config, accelerator=accelerator, protocols=("standard",)).metrics()
+
+    if selection is not None and config.select_by == "last":
+        config.select_by = "gt_known"
+    result = run_training(
+        ClassificationTask(),
+        model,
+        samples,
+        config,
+        run,
+        evaluate=None if selection is None else validate,
+        make_schedule=make_schedule,
+        save_model=lambda trained, folder: trained.save_pretrained(folder),
+        resume=resume,
+    )
+    finish_run(run, config, data, result)
+    return result
+
+
+def needed_splits(config: ScmConfig) -> list[str]:
+    """Splits a run reads: training and test images, and those that choose the checkpoint."""
+    return ["train", "val", "test"] if config.select_on == "val" else ["train", "test"]
+
+
+def load_split(config: ScmConfig, split: str) -> ImageData:
+    """One split of the configured data."""
+    return load_data(config.data, split, **config.data_options)
+
+
+def prepare_run(run: Path, config: ScmConfig, header: str, *, resume: bool, overwrite: bool) -> None:
+    """Make the run folder with the resolved recipe and the record of the launch; the main process writes."""
+    state = import_training_extra("accelerate").PartialState()
+    problem: str | None = None
+    if state.is_main_process:
+        try:
+            new_output_folder(run, resume=resume, overwrite=overwrite)
+            write_text(run / "recipe.toml", resolved_toml(config, header))
+            write_json(run / "run.json", run_record(config.seed))
+        except InputError as error:
+            problem = str(error)
+    if (problem := gather_objects(state, problem)[0]) is not None:
+        raise InputError(problem)
+
+
+def finish_run(run: Path, config: ScmConfig, data: dict[str, ImageData], result: TrainResult) -> Evaluation:
+    """Evaluate the chosen weights on ``test`` and write model folder, metrics and report."""
+    accelerator = start_accelerator(config, run)
+    chosen = "best" if result.best is not None else "model"
+    accelerator.wait_for_everyone()
+    model = (SCM if config.method == "scm" else TSCAM).from_pretrained(run / chosen).to(accelerator.device).eval()
+    if "val" in data:
+        found = evaluate_model(model, data["val"], config, accelerator=accelerator, protocols=("standard",))
+        model.threshold = found.best_threshold()
+    evaluation = evaluate_model(model, data["test"], config, accelerator=accelerator, kinds=report_kinds(model))
+    if accelerator.is_main_process:
+        with atomic_folder(run / "model") as folder:
+            model.save_pretrained(folder)
+            evaluation.write_card(folder, config, run)
+        write_results(run, model, data["test"], config, evaluation, history=result.history)
+    accelerator.wait_for_everyone()
+    return evaluation
+
+
+def report_kinds(model: TSCAM) -> tuple[str, ...]:
+    """The model's own map first, then the other maps of the same weights."""
+    return tuple(dict.fromkeys((model.own_kind, "cam", "att", "tscam", "scm")))
+
+
+if __name__ == "__main__":
+    from .cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))
