@@ -27,8 +27,8 @@ SCRIPTS = Path(__file__).parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 import tiny_runs
 
-# Everything that can go wrong in a resume at once: dropout, augmentation, accumulation, averaged weights, batch
-# norm, and a checkpoint in the middle of an epoch (two processes do 2 steps an epoch, one does 3).
+# Everything that can go wrong in a resume at once: dropout, augmentation, accumulation, averaged weights,
+# batch norm, and a checkpoint in the middle of an epoch (two processes do 2 steps an epoch, one does 3).
 DEMANDING = {"accumulate": 2, "ema_decay": 0.8, "lr": 0.02, "log_every": 1, "schedule": "cosine"}
 DEMANDING_NET = {"drop": 0.3, "batch_norm": True}
 
@@ -234,7 +234,9 @@ def test_stream_resumes_exactly(tmp_path):
             return super().__call__(model, batch)
 
     def run(folder, task, resume=False):
-        config = TrainConfig(batch_size=4, accumulate=2, lr=0.01, epochs=2, save_every=1, workers=0, threads=1)
+        config = TrainConfig(
+            batch_size=4, accumulate=2, lr=0.01, epochs=2, save_every=1, workers=0, threads=1
+        )
         source = StreamDataset(data, tiny_runs.augment, shuffle_buffer=7)
         return train(task, tiny_runs.Net(0.3, False), source, config, tmp_path / folder, resume=resume)
 
@@ -245,7 +247,9 @@ def test_stream_resumes_exactly(tmp_path):
     resumed = run("stopped", tiny_runs.Classify(), resume=True)
     assert whole.steps == resumed.steps == 6
     assert numbers(tmp_path / "whole") == numbers(tmp_path / "stopped")
-    files = [tmp_path / name / "checkpoints/step-000000006/model.safetensors" for name in ("whole", "stopped")]
+    files = [
+        tmp_path / name / "checkpoints/step-000000006/model.safetensors" for name in ("whole", "stopped")
+    ]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -254,7 +258,11 @@ def test_stream_resumes_exactly(tmp_path):
 
 @pytest.mark.parametrize("accumulate", [2, 8])
 def test_accumulation_equals_a_large_batch(tmp_path, accumulate):
-    plain = {"optimizer": "sgd", "lr": 0.1, "clip_grad": 0.5}  # SGD shows a wrong scale of the gradient, Adam hides it
+    plain = {
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "clip_grad": 0.5,
+    }  # SGD shows a wrong scale of the gradient, Adam hides it
     tiny_runs.run(tmp_path / "large", {**plain, "batch_size": 8})
     tiny_runs.run(tmp_path / "small", {**plain, "batch_size": 8 // accumulate, "accumulate": accumulate})
     assert_close_weights(weights(tmp_path / "large"), weights(tmp_path / "small"))
@@ -265,7 +273,14 @@ def test_accumulation_equals_a_large_batch(tmp_path, accumulate):
 
 def test_one_step_is_plain_gradient_descent(tmp_path):
     """Against the textbook: w - lr * gradient of the mean over all images."""
-    config = {"optimizer": "sgd", "momentum": 0.0, "lr": 0.1, "weight_decay": 0.0, "epochs": 1, "batch_size": 4}
+    config = {
+        "optimizer": "sgd",
+        "momentum": 0.0,
+        "lr": 0.1,
+        "weight_decay": 0.0,
+        "epochs": 1,
+        "batch_size": 4,
+    }
     _, model = tiny_runs.run(tmp_path, {**config, "accumulate": 5})
     expected = tiny_runs.Net(0.0, False)
     data = SampleDataset(tiny_runs.Pictures(tiny_runs.TRAIN_IMAGES), tiny_runs.augment)
@@ -289,7 +304,10 @@ def test_evaluation_does_not_disturb_training(tmp_path):
     tiny_runs.run(tmp_path / "never", {}, drop=0.3, evaluate=None)
     tiny_runs.run(tmp_path / "last", {"evaluate_every": 9}, drop=0.3)
     assert_close_weights(weights(tmp_path / "often"), weights(tmp_path / "never"), rtol=0, atol=0)
-    assert ["metrics" in line for line in numbers(tmp_path / "last") if line["kind"] == "epoch"] == [False, True]
+    assert ["metrics" in line for line in numbers(tmp_path / "last") if line["kind"] == "epoch"] == [
+        False,
+        True,
+    ]
 
 
 # --- What is kept -------------------------------------------------------------------------------------------
@@ -309,7 +327,10 @@ def test_best_model_is_chosen_by_the_metric(tmp_path, mode, epoch, value):
     assert result.best == {"epoch": epoch, "metric": "score", "value": value}
     assert_close_weights(load_file(tmp_path / "best/model.safetensors"), seen[epoch - 1], rtol=0, atol=0)
     assert_close_weights(weights(tmp_path), seen[-1], rtol=0, atol=0)
-    assert numbers(tmp_path)[-2]["metrics"] == {"score": None, "other": 0.0} or "metrics" not in numbers(tmp_path)[-2]
+    assert (
+        numbers(tmp_path)[-2]["metrics"] == {"score": None, "other": 0.0}
+        or "metrics" not in numbers(tmp_path)[-2]
+    )
 
 
 def test_unknown_metric_is_an_input_error(tmp_path):
@@ -371,7 +392,9 @@ def test_full_disk_is_one_line_and_keeps_the_older_checkpoint(tmp_path):
         return {}
 
     try:
-        with pytest.raises(InputError, match=r"step-0+10: no space left to write it .* nothing was replaced") as caught:
+        with pytest.raises(
+            InputError, match=r"step-0+10: no space left to write it .* nothing was replaced"
+        ) as caught:
             tiny_runs.run(tmp_path, {}, evaluate=fill_disk)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -398,7 +421,10 @@ class Wrapped(nn.Module):
         self.head = nn.Conv2d(2, 2, 1)
 
     def group_matcher(self, coarse=False):
-        return {"stem": r"^backbone\.table", "blocks": [(r"^backbone\.(?:weight|bias)", None), (r"^rate|^head", (9,))]}
+        return {
+            "stem": r"^backbone\.table",
+            "blocks": [(r"^backbone\.(?:weight|bias)", None), (r"^rate|^head", (9,))],
+        }
 
 
 def grouped(model: nn.Module, config: TrainConfig) -> dict[str, tuple[float, float]]:
@@ -428,13 +454,19 @@ def test_param_groups_follow_patterns():
     assert groups["backbone.bias"] == (0.0, 0.2)
     assert groups["head.bias"] == (0.0, 2.0)
     assert groups["head.weight"] == (0.0, 1.0)
-    with pytest.raises(InputError, match=r"backbne.\*: matches no parameter; expected names such as backbone"):
+    with pytest.raises(
+        InputError, match=r"backbne.\*: matches no parameter; expected names such as backbone"
+    ):
         param_groups(Wrapped(), TrainConfig(lr_scales={"backbne.*": 0.1}))
 
 
 def test_layer_decay_scales_by_distance_from_the_output():
     groups = grouped(Wrapped(), TrainConfig(layer_decay=0.5))
-    assert [groups[name][1] for name in ("head.weight", "backbone.weight", "backbone.table")] == [1.0, 0.5, 0.25]
+    assert [groups[name][1] for name in ("head.weight", "backbone.weight", "backbone.table")] == [
+        1.0,
+        0.5,
+        0.25,
+    ]
     with pytest.raises(InputError, match="layer_decay"):
         param_groups(nn.Linear(1, 1), TrainConfig(layer_decay=0.5))
 
@@ -505,7 +537,14 @@ def test_own_schedule_and_scales_reach_the_optimizer(tmp_path):
 
 
 def test_clipping_bounds_the_step(tmp_path):
-    config = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "lr": 1.0, "epochs": 1, "batch_size": 19}
+    config = {
+        "optimizer": "sgd",
+        "momentum": 0.0,
+        "weight_decay": 0.0,
+        "lr": 1.0,
+        "epochs": 1,
+        "batch_size": 19,
+    }
     _, model = tiny_runs.run(tmp_path, {**config, "clip_grad": 0.01})
     start = tiny_runs.Net(0.0, False)
     moved = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), start.parameters())])
@@ -517,7 +556,14 @@ def test_clipping_bounds_the_step(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("epochs", 0), ("batch_size", 0), ("lr", 0.0), ("lr", float("nan")), ("clip_grad", -1.0), ("workers", -1)]
+    [
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("lr", 0.0),
+        ("lr", float("nan")),
+        ("clip_grad", -1.0),
+        ("workers", -1),
+    ]
     + [("ema_decay", 1.0), ("layer_decay", 0.0), ("decay_epochs", ()), ("seed", -1)],
 )
 def test_values_out_of_range_are_input_errors(tmp_path, field, value):

@@ -119,7 +119,8 @@ class Backbone(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of weights that timm's recipes exempt from weight decay (position and class embeddings)."""
         exempt: Callable[[], Iterable[str]] = getattr(self.model, "no_weight_decay", set[str])
-        return {f"model.{key}" for key in exempt()}
+        own = {key for key, _ in self.named_parameters()}  # timm also names those of its other variants
+        return own & {f"model.{key}" for key in exempt()}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass to save memory (timm's own switch)."""
@@ -609,7 +610,7 @@ class _Site:
         if forward not in _supported_forwards() or not hasattr(attention, "q_norm"):
             raise ValueError(
                 f"block {index}: a tap does not know the attention of {type(attention).__name__}; it reads "
-                "timm's Attention, AttentionRope, EvaAttention and ParallelScalingBlock"
+                "timm's Attention, AttentionRope and EvaAttention"
             )
         self.tap = tap
         self.order = order
@@ -667,12 +668,8 @@ def _supported_forwards() -> list[Any]:
     import timm.layers
     from timm.models import eva, vision_transformer
 
-    kinds: list[Any] = [
-        vision_transformer.Attention,
-        vision_transformer.ParallelScalingBlock,
-        eva.EvaAttention,
-    ]
-    kinds.append(getattr(timm.layers, "AttentionRope", eva.EvaAttention))
+    kinds: list[Any] = [vision_transformer.Attention, eva.EvaAttention]
+    kinds.append(getattr(timm.layers, "AttentionRope", eva.EvaAttention))  # younger than the other two
     return [kind.forward for kind in kinds]
 
 

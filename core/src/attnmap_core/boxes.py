@@ -268,24 +268,6 @@ def resize_boxes(
     return np.clip(scaled, 0, np.where([True, True, False, False], np.inf, frame - 1)).astype(np.int64)
 
 
-def boxes_to_photo(
-    boxes_xyxy: ArrayLike, frame_wh: tuple[int, int], seen_xyxy: tuple[float, float, float, float]
-) -> Boxes:
-    """Boxes of :func:`boxes_from_score_map` in photo pixels, end exclusive.
-
-    Args:
-        boxes_xyxy: ``(k, 4)`` in the frame, the end one past the pixel except at the last one.
-        frame_wh: width and height of the frame.
-        seen_xyxy: rectangle of the photo that the frame shows.
-    """
-    boxes = np.array(boxes_xyxy, dtype=np.float64).reshape(-1, 4)
-    last = np.asarray(frame_wh, dtype=np.float64) - 1
-    boxes[:, 2:] = np.where(boxes[:, 2:] >= last, last + 1, boxes[:, 2:])  # undo the clip to the last pixel
-    x0, y0, x1, y1 = seen_xyxy
-    scale = np.array([x1 - x0, y1 - y0]) / np.asarray(frame_wh)
-    return boxes * np.tile(scale, 2) + np.tile([x0, y0], 2)
-
-
 def box_iou(
     a_xyxy: ArrayLike, b_xyxy: ArrayLike, convention: Literal["inclusive", "continuous"] = "inclusive"
 ) -> NDArray[np.float64]:

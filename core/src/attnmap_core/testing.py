@@ -14,6 +14,7 @@ pytest is imported here and nowhere else.
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import json
 import os
@@ -370,8 +371,9 @@ def _check_prediction(model: PretrainedModel, prediction: Any, width: int, heigh
         assert prediction.label_name == model.labels[prediction.label]
 
 
+@functools.cache
 def _run_python(code: str) -> None:
-    """Run ``code`` in a fresh interpreter, which must end well and print nothing."""
+    """Run ``code`` in a fresh interpreter, which must end well and print nothing. Takes seconds: once each."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import random
+import sys
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
@@ -416,6 +417,52 @@ def timm_schedule(
 # --- Launch -------------------------------------------------------------------------------------------------
 
 
+def start_processes() -> None:
+    """Let ``accelerate launch --cpu --num_processes N`` have its N processes; call it first in a program.
+
+    On CPUs without MPI, Accelerate starts a single process and does not say so: every step would see a
+    fraction of the images asked for. Where that has happened, this replaces the process by PyTorch's
+    launcher, which runs the same command N times. Anywhere else it does nothing.
+    """
+    processes, machines = _processes_asked()
+    if processes == 1:
+        return
+    if machines > 1:
+        raise InputError(
+            f"accelerate launch --cpu --num_machines {machines}: starts one process a machine; use torchrun"
+        )
+    command = sys.orig_argv[1:]
+    while command[0].startswith("-") and command[0] != "-m":  # options of the interpreter
+        command = command[1:]
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_addr", address]
+    launcher += ["--master_port", os.environ.get("MASTER_PORT", "29500")]
+    os.execv(sys.executable, [sys.executable, *launcher, *command])
+
+
+def _processes_asked() -> tuple[int, int]:
+    """Processes and machines that ``accelerate launch`` was asked for where it is our parent and started only us."""
+    started = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"} & os.environ.keys()
+    if started or os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in {"1", "true"}:
+        return 1, 1
+    parent = import_training_extra("psutil").Process().parent()
+    command: list[str] = parent.cmdline() if parent is not None else []
+    names = [Path(part).name for part in command[:4]]
+    if "accelerate" in names and "launch" in names:
+        options = command[names.index("launch") + 1 :]
+    elif known := {"accelerate-launch", "accelerate.commands.launch"} & set(names):
+        options = command[names.index(known.pop()) + 1 :]
+    else:
+        return 1, 1
+    asked = import_training_extra("accelerate.commands.launch").launch_command_parser().parse_args(options)
+    configs = import_training_extra("accelerate.commands.config.config_args")
+    if asked.config_file or (not asked.cpu and Path(configs.default_config_file).is_file()):
+        defaults: Any = configs.load_config_from_file(asked.config_file)
+        asked.num_processes = asked.num_processes or defaults.num_processes
+        asked.num_machines = asked.num_machines or defaults.num_machines
+    return asked.num_processes or 1, asked.num_machines or 1
+
+
 def start_accelerator(config: TrainConfig, run_dir: str | Path) -> Accelerator:
     """The :class:`accelerate.Accelerator` of a run: device and processes by the launch, the rest by
     ``config``.
@@ -424,6 +471,10 @@ def start_accelerator(config: TrainConfig, run_dir: str | Path) -> Accelerator:
         InputError: if accelerate or the tracker is not installed, or the device cannot do the precision.
     """
     accelerate = import_training_extra("accelerate")
+    if (asked := _processes_asked()[0]) > 1:
+        raise InputError(
+            f"accelerate launch --cpu started 1 of {asked} processes; launch with torchrun instead"
+        )
     if config.tracker != "none":
         if importlib.util.find_spec(config.tracker) is None:
             raise InputError(f"tracker {config.tracker}: not installed; run: pip install {config.tracker}")

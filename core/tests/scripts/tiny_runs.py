@@ -1,6 +1,7 @@
 """Small training runs, for tests that need real processes: ``python -m tiny_runs '<JSON list of runs>'``.
 
-A run is ``{"folder", "config", "resume", "kill_at", "model"}``; see :func:`run`. The tests also call it directly.
+A run is ``{"folder", "config", "resume", "kill_at", "model"}``; see :func:`run`. The tests also call it
+directly.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from attnmap_core.data.loaders import SampleDataset, eval_loader, gather_samples
-from attnmap_core.training import TrainConfig, train
+from attnmap_core.training import TrainConfig, start_processes, train
 from PIL import Image
 from safetensors.torch import save_model
 from timm.layers import DropPath
@@ -136,6 +137,7 @@ def run(
 
 
 if __name__ == "__main__":
+    start_processes()
     for one in json.loads(sys.argv[1]):
         run(one.pop("folder"), one.pop("config"), **one)
     from accelerate import PartialState

@@ -27,22 +27,9 @@ class TestTSCAM(OfThisPackage):
         return TSCAM("vit", 3, (32, 48), labels=LABELS, backbone_options=TINY)
 
 
-class TestCAM(OfThisPackage):
-    __test__ = True
-
-    def make_model(self) -> TSCAM:
-        return TSCAM("vit", 3, 32, head_kernel=1, method="cam", labels=LABELS, backbone_options=TINY)
-
-
 class TestSCM(OfThisPackage):
     __test__ = True
 
     def make_model(self) -> SCM:
-        return SCM("vit", 3, (32, 48), labels=LABELS, backbone_options=TINY)
-
-
-class TestReleaseSCM(OfThisPackage):
-    __test__ = True
-
-    def make_model(self) -> SCM:
-        return SCM("vit", 3, 32, calibration_options={"iterations": "release"}, backbone_options=TINY)
+        options = {"iterations": "release"}
+        return SCM("vit", 3, (32, 48), labels=LABELS, backbone_options=TINY, calibration_options=options)

@@ -204,7 +204,11 @@ def resize_mask(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bo
         >>> resize_mask(np.array([[True, False]]), (1, 4)).tolist()
         [[True, True, False, False]]
     """
-    rows, columns = (np.arange(to) * of // to for to, of in zip(size, mask.shape))
+    # In floating point and in this order, as OpenCV: where i * from / to is whole, the last bit decides.
+    rows, columns = (
+        np.minimum(np.floor(np.arange(to) * (1 / (to / of))).astype(np.intp), of - 1)
+        for to, of in zip(size, mask.shape)
+    )
     return mask[np.ix_(rows, columns)]
 
 

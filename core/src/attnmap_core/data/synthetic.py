@@ -1,16 +1,17 @@
-"""The embedded default data: fine-grained creatures on cluttered backgrounds, drawn from a seed, with exact truth.
+"""The embedded default data: fine-grained creatures on cluttered backgrounds, from a seed, with exact truth.
 
-A class is *superclass x part type x part colour*: the body plan (fish, bird, ...) and a wide range of body hues
-tell the superclass, and one small part (say a red fan on the head) tells the class inside it. Shade, pattern,
-proportions, pose, size, place and light vary inside a class and say nothing about it. Pieces that look like limbs,
-heads and parts lie about in the background. So a classifier must find the part, its maps light up the part rather
-than the animal, and classes kept for testing combine body plans, part types and part colours seen in training.
+A class is *superclass x part type x part colour*: the body plan (fish, bird, ...) and a wide range of body
+hues tell the superclass, and one small part (say a red fan on the head) tells the class inside it. Shade,
+pattern, proportions, pose, size, place and light vary inside a class and say nothing about it. Pieces that
+look like limbs, heads and parts lie about in the background. So a classifier must find the part, its maps light up
+the part rather than the animal, and classes kept for testing combine body plans, part types and part colours
+that were seen in training.
 
-The pixels are the same on every machine, by construction rather than by tolerance: random numbers are raw Philox
-words (a published integer algorithm, keyed by seed and image), and the arithmetic is IEEE ``+ - * /``, square root
-and comparisons only, which every platform rounds alike. There is no ``sin``, ``exp``, ``pow``, no matrix product
-and no ``sum`` of floats, whose last bits depend on the machine or on the versions of Python and NumPy. (PNG *files*
-may be packed differently by another zlib; what they decode to is the same.)
+The pixels are the same on every machine, by construction rather than by tolerance: random numbers are raw
+Philox words (a published integer algorithm, keyed by seed and image), and the arithmetic is IEEE ``+ - * /``,
+square root and comparisons only, which every platform rounds alike. There is no ``sin``, ``exp`` or ``pow``,
+no matrix product and no ``sum`` of floats, whose last bits depend on the machine or on the versions of Python
+and NumPy. (PNG *files* may be packed differently by another zlib; what they decode to is the same.)
 
 Scenes live in the unit square: another ``image_size`` shows the same scene at another resolution.
 """
@@ -39,7 +40,10 @@ T = TypeVar("T")
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
-# A part's type is where it sits and what it looks like. Order matters: a data set of few classes uses the first few.
+_WHITE: Rgb = (0.95, 0.95, 0.95)
+_BLACK: Rgb = (0.05, 0.05, 0.05)
+
+# A part's type is where it sits and what it looks like. Data sets of few classes use the first few.
 PART_TYPES: tuple[tuple[str, str, str], ...] = (
     ("crest", "head", "fan"),
     ("ring", "flank", "ring"),
@@ -73,9 +77,9 @@ class SyntheticSpec:
     What a class looks like does not depend on ``seed``: another seed gives fresh images of the same classes.
 
     Class-disjoint data (metric learning): ``unseen=6`` keeps the last six classes for ``test`` alone, and
-    ``test`` then shows no others; ``class_range="0:6"`` cuts the class list for all splits. Labels and class names
-    always count through all ``classes``. Consecutive labels walk through the superclasses, and each new round
-    combines part types and part colours anew, so later classes are new combinations of known parts.
+    ``test`` then shows no others; ``class_range="0:6"`` cuts the class list for all splits. Labels and class
+    names always count through all ``classes``. Consecutive labels walk through the superclasses, and each new
+    round combines part types and part colours anew, so later classes are new combinations of known parts.
 
     Attributes:
         classes: number of classes; at most 96 a superclass.
@@ -88,8 +92,8 @@ class SyntheticSpec:
         spread: share of the free room in which the object is placed; 1 is anywhere, 0 always the middle.
         clutter: 0 to 1, how many object-like pieces lie in the background.
         part_size: factor on the size of the discriminative part.
-        part_hidden: share of images in which a leaf covers the part (and that of the animal which is under it).
-        domain_shift: 0 to 1, how far colours, light and textures of ``test`` leave those of ``train`` and ``val``.
+        part_hidden: share of images in which a leaf covers the part and what else of the animal is under it.
+        domain_shift: 0 to 1, how far colours, light and textures of ``test`` leave those of the other splits.
         unseen: number of last classes that only ``test`` shows; 0 means that all splits show all classes.
         class_range: ``"first:end"`` (end exclusive) restricts the classes shown; empty means all.
 
@@ -134,9 +138,7 @@ class SyntheticSpec:
         self._require(0 < self.scale_min <= self.scale_max, "scale_min", f"above 0, at most {self.scale_max}")
         self._require(self.scale_max <= 0.95, "scale_max", "at most 0.95 of the side")
         smallest = 8 / self.image_size
-        self._require(
-            self.scale_min >= smallest, "scale_min", f"at least {smallest:.3f}: objects of 8 pixels"
-        )
+        self._require(self.scale_min >= smallest, "scale_min", f"at least {smallest:.3f} (8 pixels)")
         for name in ("spread", "clutter", "part_hidden", "domain_shift"):
             self._require(0 <= getattr(self, name) <= 1, name, "a share in [0, 1]")
         self._require(0.25 <= self.part_size <= 1.5, "part_size", "a factor in [0.25, 1.5]")
@@ -223,7 +225,7 @@ def superclass_names(spec: SyntheticSpec) -> list[str]:
 def class_parts(spec: SyntheticSpec, label: int) -> tuple[int, int, int]:
     """What makes a class: ``(superclass, part type, part colour)``, indices into the three lists.
 
-    Within a superclass the first classes use every type and every colour once (the diagonal of the type x colour
+    Within a superclass the first classes use every type and every colour (the diagonal of the type x colour
     table), later ones the shifted diagonals: new combinations of parts that were all seen before.
     """
     if not 0 <= label < spec.classes:
@@ -235,7 +237,7 @@ def class_parts(spec: SyntheticSpec, label: int) -> tuple[int, int, int]:
 
 
 def _vocabulary(spec: SyntheticSpec) -> tuple[int, int]:
-    """How many part types and part colours are in use: about the square root of the classes of a superclass."""
+    """How many part types and part colours are in use: about the root of the classes of a superclass."""
     wanted = -(-spec.classes // spec.superclasses)
     colours = min(len(PART_COLOURS), math.isqrt(wanted - 1) + 1)
     return max(colours, -(-wanted // colours)), colours
@@ -251,7 +253,7 @@ def class_names(spec: SyntheticSpec) -> list[str]:
     return names
 
 
-# --- Random numbers -----------------------------------------------------------------------------------------------
+# --- Random numbers -------------------------------------------------------------------------------
 
 _POSE, _LOOK, _BACKGROUND, _PIECES, _LIGHT = range(5)
 
@@ -286,7 +288,7 @@ class _Draws:
         value: tuple[float, float],
         hue: tuple[float, float] = (0.0, 1.0),
     ) -> Rgb:
-        """A colour from ranges of hue (in turns), saturation and value: the hexagon of HSV, piecewise linear."""
+        """A colour from ranges of hue (in turns), saturation and value: HSV, which is piecewise linear."""
         turn, chroma, light = self.between(*hue), self.between(*saturation), self.between(*value)
         hue6 = 6 * (turn - math.floor(turn))
         corners = (abs(hue6 - 3) - 1, 2 - abs(hue6 - 2), 2 - abs(hue6 - 4))
@@ -295,7 +297,7 @@ class _Draws:
 
 
 def _direction(turns: float) -> tuple[float, float]:
-    """Cosine and sine of an angle in turns, by polynomials: libm may round differently elsewhere. Error below 1e-7."""
+    """Cosine and sine of an angle in turns, to 1e-7, by polynomials: libm may round differently elsewhere."""
     quarters = math.floor(4 * turns + 0.5)
     angle = (turns - quarters / 4) * 6.283185307179586
     square = angle * angle
@@ -306,7 +308,7 @@ def _direction(turns: float) -> tuple[float, float]:
     return cosine, sine
 
 
-# --- Shapes: signed distances and supports ------------------------------------------------------------------------
+# --- Shapes: signed distances and supports --------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -399,28 +401,38 @@ class _Ring:
 _Shape = _Ellipse | _Limb | _Polygon | _Ring
 
 
-def _glyph(name: str, x: float, y: float, ux: float, uy: float, r: float) -> list[_Shape]:
-    """A part of radius ``r`` around ``(x, y)`` whose tip points along the unit vector ``(ux, uy)``."""
+@dataclass(frozen=True)
+class _Frame:
+    """Coordinates along and across the unit vector ``(ux, uy)``, from ``(x, y)``, in units of ``r``."""
 
-    def at(along: float, across: float) -> tuple[float, float]:
-        return x + r * (along * ux - across * uy), y + r * (along * uy + across * ux)
+    x: float
+    y: float
+    ux: float
+    uy: float
+    r: float
+
+    def __call__(self, along: float, across: float) -> tuple[float, float]:
+        x = self.x + self.r * (along * self.ux - across * self.uy)
+        return x, self.y + self.r * (along * self.uy + across * self.ux)
+
+
+def _glyph(name: str, at: _Frame) -> list[_Shape]:
+    """The shapes of a part that fills its frame's unit circle and points along the frame's axis."""
+    r = at.r
 
     def stroke(a: tuple[float, float], b: tuple[float, float], r0: float, r1: float) -> _Limb:
         return _Limb(*at(*a), *at(*b), r * r0, r * r1)
 
-    def patch(*corners: tuple[float, float]) -> _Polygon:
-        return _Polygon(*(value for corner in corners for value in at(*corner)))
-
     if name == "ball":
-        return [_Ellipse(x, y, 0.85 * r, 0.85 * r)]
+        return [_Ellipse(at.x, at.y, 0.85 * r, 0.85 * r)]
     if name == "ring":
-        return [_Ring(x, y, 0.7 * r, 0.55 * r)]
+        return [_Ring(at.x, at.y, 0.7 * r, 0.55 * r)]
     if name == "cross":
         return [stroke((-0.8, -0.8), (0.8, 0.8), 0.28, 0.28), stroke((-0.8, 0.8), (0.8, -0.8), 0.28, 0.28)]
     if name == "diamond":
-        return [patch((-1.1, 0), (0, -0.75), (1.1, 0), (0, 0.75))]
+        return [_Polygon(*at(-1.1, 0), *at(0, -0.75), *at(1.1, 0), *at(0, 0.75))]
     if name == "spike":
-        return [patch((-1.0, -0.6), (1.5, 0), (-1.0, 0.6))]
+        return [stroke((-0.5, 0), (1.4, 0), 0.6, 0.05)]
     if name == "fork":
         return [stroke((-0.9, 0), (1.2, side), 0.28, 0.2) for side in (-0.85, 0.85)]
     if name == "fan":
@@ -428,7 +440,7 @@ def _glyph(name: str, x: float, y: float, ux: float, uy: float, r: float) -> lis
     raise ValueError(f"no part looks like {name!r}")
 
 
-# --- Body plans ---------------------------------------------------------------------------------------------------
+# --- Body plans -----------------------------------------------------------------------------------
 # Local coordinates: the creature faces +x, y points down, the body is about two units long.
 
 
@@ -437,7 +449,7 @@ class _Creature:
     layers: list[tuple[_Shape, str]]
     """Back to front; the word names the tone of the palette."""
     head: tuple[float, float, float, float]
-    """Where a part on the head is rooted and the direction in which it grows; ``tail``, ``flank`` likewise."""
+    """Where a part on the head is rooted and the unit vector along which it grows; the others likewise."""
     tail: tuple[float, float, float, float]
     flank: tuple[float, float, float, float]
     part_radius: float = 0.36
@@ -652,11 +664,11 @@ _BODY_PLANS: dict[str, Callable[[_Draws], _Creature]] = {
     "lizard": _lizard,
 }
 _SEEN_FROM_ABOVE = {"beetle", "lizard"}
-# Each kind of animal has a range of body hues, a quarter of the circle wide; neighbours share half of theirs.
+# The middle of each kind's range of body hues, a fifth of the circle wide: the first four keep apart.
 _HUES = (0.55, 0.05, 0.80, 0.30, 0.92, 0.18, 0.42, 0.67)
 
 
-# --- Painting -----------------------------------------------------------------------------------------------------
+# --- Painting -------------------------------------------------------------------------------------
 
 
 class _Canvas:
@@ -680,7 +692,7 @@ class _Canvas:
     def paint(
         self, rows: slice, columns: slice, distance: Floats, colour: Floats, rim: float = 0.35
     ) -> Floats:
-        """Lay ``colour`` where ``distance`` (in image sides) is negative, darker towards the rim; return coverage."""
+        """Lay ``colour`` where ``distance`` (in image sides) is below 0, dark at the rim; return coverage."""
         pixels_away = distance * float(self.size)
         coverage = np.clip(0.5 - pixels_away, 0.0, 1.0)
         edge = np.clip(distance * 55.0 + 1.0, 0.0, 1.0)  # the rim is 1/55 of the side wide
@@ -691,17 +703,17 @@ class _Canvas:
     def paint_part(
         self, rows: slice, columns: slice, distance: Floats, colour: Rgb, r: float
     ) -> tuple[Floats, Floats]:
-        """Paint a part of radius ``r`` with its dark outline; return the coverage of part and outline, and of part."""
+        """Paint a part of radius ``r`` and its dark outline; return the coverage with and without outline."""
         outline = self.paint(rows, columns, distance - 0.14 * r, _rgb((0.08, 0.07, 0.07)), 0.0)
         return outline, self.paint(rows, columns, distance, _rgb(colour), 0.1)
 
-    def window_of(self, shapes: Sequence[_Shape]) -> tuple[slice, slice]:
+    def window_of(self, shapes: Sequence[_Shape], margin: float = 0.0) -> tuple[slice, slice]:
         """The window of shapes given in the coordinates of the image."""
         x0, y0, x1, y1 = (
             max(shape.support(*direction) for shape in shapes)
             for direction in ((-1, 0), (0, -1), (1, 0), (0, 1))
         )
-        return self.window(-x0, -y0, x1, y1)
+        return self.window(-x0 - margin, -y0 - margin, x1 + margin, y1 + margin)
 
     def paint_shape(self, shape: _Shape, colour: Rgb, rim: float = 0.35) -> None:
         """Paint one shape given in the coordinates of the image."""
@@ -748,7 +760,7 @@ def _noise(d: _Draws, cells: int, canvas: _Canvas) -> Floats:
 
 
 def _pebbles(d: _Draws, cells: int, canvas: _Canvas) -> tuple[Floats, Floats]:
-    """Voronoi cells of a jittered lattice: a number in [0, 1] for each cell, and closeness to the cell's rim."""
+    """Voronoi cells of a jittered lattice: a number in [0, 1] for each cell, and closeness to its rim."""
     jitter = d.array(3, cells + 2, cells + 2)
     x, y = canvas.x * float(cells), canvas.y * float(cells)
     column, row = np.floor(x).astype(np.intp), np.floor(y).astype(np.intp)
@@ -804,38 +816,25 @@ def _paint_pieces(canvas: _Canvas, d: _Draws, spec: SyntheticSpec) -> None:
     """Strew limbs, bellies, fins, heads and parts that belong to nobody, in the colours of any animal."""
     for _ in range(round(12 * spec.clutter)):
         x, y, r = d.unit(), d.unit(), d.between(0.025, 0.07)
-        ux, uy = _direction(d.unit())
+        at = _Frame(x, y, *_direction(d.unit()), r)
         colour = _coat(d, int(d.unit() * spec.superclasses))
         kind = d.pick(("limb", "belly", "fin", "head", "part", "part"))
         if kind == "limb":
-            reach = d.between(2.0, 4.0) * r
-            canvas.paint_shape(_Limb(x, y, x + reach * ux, y + reach * uy, 0.45 * r, 0.25 * r), colour)
+            canvas.paint_shape(_Limb(x, y, *at(d.between(2.0, 4.0), 0), 0.45 * r, 0.25 * r), colour)
         elif kind == "belly":
             canvas.paint_shape(_Ellipse(x, y, 2.2 * r, 1.3 * r, d.unit()), colour)
         elif kind == "fin":
-            side = d.between(0.6, 1.2) * r
-            corners = (
-                x - side * uy,
-                y + side * ux,
-                x + side * uy,
-                y - side * ux,
-                x + 2.4 * r * ux,
-                y + 2.4 * r * uy,
-            )
-            canvas.paint_shape(_Polygon(*corners), colour)
+            side = d.between(0.6, 1.2)
+            canvas.paint_shape(_Polygon(*at(0, side), *at(0, -side), *at(2.4, 0)), colour)
         elif kind == "head":
             canvas.paint_shape(_Ellipse(x, y, 1.2 * r, r, d.unit()), colour)
-            canvas.paint_shape(
-                _Ellipse(x + 0.4 * r * ux, y + 0.4 * r * uy, 0.3 * r, 0.3 * r), (0.95, 0.95, 0.95), 0
-            )
-            canvas.paint_shape(
-                _Ellipse(x + 0.45 * r * ux, y + 0.45 * r * uy, 0.17 * r, 0.17 * r), (0.05,) * 3, 0
-            )
+            canvas.paint_shape(_Ellipse(*at(0.4, 0), 0.3 * r, 0.3 * r), _WHITE, rim=0)
+            canvas.paint_shape(_Ellipse(*at(0.45, 0), 0.17 * r, 0.17 * r), _BLACK, rim=0)
         else:  # every other one is a part that some class of this data set really has
             types, colours = _vocabulary(spec) if d.unit() < 0.5 else (len(PART_TYPES), len(PART_COLOURS))
-            glyph, colour = d.pick(PART_TYPES[:types])[2], d.pick(PART_COLOURS[:colours])[1]
-            shapes = _glyph(glyph, x, y, ux, uy, r)
-            rows, columns = canvas.window_of(shapes)
+            shapes = _glyph(d.pick(PART_TYPES[:types])[2], at)
+            colour = d.pick(PART_COLOURS[:colours])[1]
+            rows, columns = canvas.window_of(shapes, margin=0.3 * r)
             distance = _union(shapes, canvas.x[:, columns], canvas.y[rows])
             canvas.paint_part(rows, columns, distance, colour, r)
 
@@ -851,7 +850,7 @@ def _coat(d: _Draws, superclass: int) -> Rgb:
 
 
 def _palette(d: _Draws, superclass: int, background: Sequence[Rgb], shift: float) -> dict[str, Rgb]:
-    """Tones of one creature: of three body colours of its kind, the one that stands out most from the background."""
+    """Tones of one creature: of three body colours of its kind, the one furthest from the background's."""
 
     def stands_out(colour: Rgb) -> float:
         return min(_difference(colour, other) for other in background)
@@ -865,8 +864,8 @@ def _palette(d: _Draws, superclass: int, background: Sequence[Rgb], shift: float
         "dark": _mix(second, (0.05, 0.05, 0.05), 0.55),
         "light": _mix(body, (1.0, 0.98, 0.9), 0.45),
         "horn": _mix(second, (0.9, 0.7, 0.3), 0.6),
-        "white": (0.95, 0.95, 0.95),
-        "black": (0.05, 0.05, 0.05),
+        "white": _WHITE,
+        "black": _BLACK,
     }
 
 
@@ -876,7 +875,7 @@ def _shifted(colour: Rgb, shift: float) -> Rgb:
     return _mix(colour, (0.3 + 0.5 * blue, 0.25 + 0.5 * red, 0.3 + 0.5 * green), shift)
 
 
-# --- The scene ----------------------------------------------------------------------------------------------------
+# --- The scene ------------------------------------------------------------------------------------
 
 
 def render(spec: SyntheticSpec, split: str, index: int) -> dict[str, Any]:
@@ -888,9 +887,9 @@ def render(spec: SyntheticSpec, split: str, index: int) -> dict[str, Any]:
         index: ``0 .. spec.size_of(split) - 1``.
 
     Returns:
-        ``image``: ``(size, size, 3)`` uint8. ``mask``: ``(size, size)`` bool, the visible object. ``part_mask``:
-        likewise, the visible discriminative part. ``bbox_xywh``: four ints in pixels, tight around ``mask``.
-        ``label``, ``superclass``: ints. ``image_id``: str.
+        ``image``: ``(size, size, 3)`` uint8. ``mask``: ``(size, size)`` bool, the visible object.
+        ``part_mask``: likewise, the visible discriminative part. ``bbox_xywh``: four ints in pixels, tight
+        around ``mask``. ``label``, ``superclass``: ints. ``image_id``: str.
 
     Raises:
         InputError: for an unknown split.
@@ -957,7 +956,7 @@ def _paint_creature(
     radius = creature.part_radius * spec.part_size
     if place != "flank":  # grows outwards from its root
         x, y = x + 0.75 * radius * ux, y + 0.75 * radius * uy
-    part = _glyph(glyph, x, y, ux, uy, radius)
+    part = _glyph(glyph, _Frame(x, y, ux, uy, radius))
     leaf = _Ellipse(x, y, 2.0 * radius, 1.8 * radius, look.unit())
 
     # Pose: turn (animals seen from above lie anyhow, others stand about upright), mirror, size, place.
@@ -1003,13 +1002,13 @@ def _paint_creature(
 
 
 def _outwards(d: _Draws) -> float:
-    """A number in [-1, 1] that avoids 0: objects uniform over the free room would still favour the middle."""
+    """A number in [-1, 1] that avoids 0: evenly placed objects would overlap the middle of most images."""
     side = 2 * d.unit() - 1
     return math.sqrt(side) if side > 0 else -math.sqrt(-side)
 
 
 def _pattern(d: _Draws, u: Floats, v: Floats, body: Floats, second: Floats) -> Floats:
-    """The coat of one animal: plain, striped, spotted or with a pale belly; it tells nothing about the class."""
+    """The coat of one animal, which tells nothing about the class: plain, stripes, spots or a pale belly."""
     kind, count, phase = d.pick(("plain", "stripes", "spots", "belly")), d.between(2.0, 4.0), d.unit()
     strength = d.between(0.5, 0.9)
     if kind == "plain":
@@ -1034,14 +1033,15 @@ def _light(canvas: _Canvas, d: _Draws, shift: float) -> None:
     canvas.pixels += (_rgb((0.35, 0.38, 0.45)) - canvas.pixels) * (0.3 * shift)
 
 
-# --- Data sets ----------------------------------------------------------------------------------------------------
+# --- Data sets ------------------------------------------------------------------------------------
 
 
 class SyntheticImages:
     """Map-style data set of decoded samples, drawn on access: no files, nothing kept.
 
     Each item is a dict with the fields of a sample: ``image`` (Pillow RGB), ``label`` (int), ``boxes_xyxy``
-    (``(1, 4)`` float64 pixels, end exclusive), ``mask`` (``(h, w)`` bool), ``ignore`` (None), ``image_id``, ``index``.
+    (``(1, 4)`` float64 pixels, end exclusive), ``mask`` (``(h, w)`` bool), ``ignore`` (None), ``image_id``,
+    ``index``.
 
     Example:
         >>> images = SyntheticImages(SyntheticSpec(image_size=64), "val")
@@ -1094,9 +1094,9 @@ class _RowsOnAccess:
 def synthetic_dataset(spec: SyntheticSpec, split: str) -> datasets.Dataset:
     """The images as a Hugging Face data set whose rows are drawn when they are read.
 
-    Only a table of index, label and id is held (about 40 bytes an image); selecting, shuffling and sharding work as
-    usual. Rows have ``image_id``, ``image`` and ``masks`` (``{"bytes", "path"}``, lossless PNG), ``label``,
-    ``objects`` (``bbox`` as ``[x, y, w, h]`` pixels) and ``ignore`` (None).
+    Only a table of index, label and id is held (about 45 bytes an image); selecting, shuffling and sharding
+    work as usual. Rows have ``image_id``, ``image`` and ``masks`` (``{"bytes", "path"}``, lossless PNG),
+    ``label``, ``objects`` (``bbox`` as ``[x, y, w, h]`` pixels) and ``ignore`` (None).
 
     Raises:
         InputError: for an unknown split, or when the ``datasets`` package is not installed.

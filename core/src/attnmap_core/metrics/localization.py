@@ -253,6 +253,10 @@ class Protocol:
         self.thresholds = wsol_thresholds() if thresholds is None else np.asarray(thresholds, dtype=np.float64)
         self.rows: dict[int, dict[str, Any]] = {}
 
+    def compute(self) -> dict[str, float]:
+        """The metrics of all rows, by name."""
+        raise NotImplementedError
+
     def state(self) -> dict[int, dict[str, Any]]:
         """What another process needs of this one."""
         return self.rows

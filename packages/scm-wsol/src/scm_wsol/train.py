@@ -12,14 +12,15 @@ from attnmap_core.data.loaders import SampleDataset, StreamDataset, gather_objec
 from attnmap_core.data.sources import ImageData, load_data
 from attnmap_core.data.transforms import Preprocessing, train_transform
 from attnmap_core.errors import InputError
-from attnmap_core.files import atomic_folder, new_output_folder, write_json, write_text
+from attnmap_core.files import new_output_folder, write_json, write_text
 from attnmap_core.recipes import resolved_toml, run_record
 from attnmap_core.training import TrainResult, start_accelerator, timm_schedule
 from attnmap_core.training import train as run_training
 
 from .config import ScmConfig
-from .evaluate import Evaluation, evaluate_model, write_results
+from .evaluate import Evaluation, evaluate_model
 from .model import SCM, TSCAM
+from .report import write_run
 from .task import ClassificationTask, DivisibleStep
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def train(config: ScmConfig, header: str = "", resume: bool = False, overwrite: 
 
     def validate(candidate: Any, accelerator: Any) -> dict[str, float]:
         assert selection is not None
-        return evaluate_model(candidate, selection, config, accelerator=accelerator, protocols=("standard",)).metrics()
+        return measure(config, candidate, selection, accelerator).metrics()
 
     if selection is not None and config.select_by == "last":
         config.select_by = "gt_known"
@@ -130,28 +131,36 @@ def prepare_run(run: Path, config: ScmConfig, header: str, *, resume: bool, over
         raise InputError(problem)
 
 
+def measure(config: ScmConfig, model: TSCAM, data: ImageData, accelerator: Any, **options: Any) -> Evaluation:
+    """:func:`evaluate_model` with the settings of a run."""
+    return evaluate_model(
+        model,
+        data,
+        accelerator=accelerator,
+        step=config.threshold_step,
+        fixed_threshold=config.fixed_threshold,
+        batch_size=config.eval_batch_size,
+        workers=config.workers,
+        **options,
+    )
+
+
 def finish_run(run: Path, config: ScmConfig, data: dict[str, ImageData], result: TrainResult) -> Evaluation:
-    """Evaluate the chosen weights on ``test`` and write model folder, metrics and report."""
+    """Measure the chosen weights on ``test`` and write model folder, metrics, card and report."""
     accelerator = start_accelerator(config, run)
-    chosen = "best" if result.best is not None else "model"
     accelerator.wait_for_everyone()
-    model = (SCM if config.method == "scm" else TSCAM).from_pretrained(run / chosen).to(accelerator.device).eval()
+    chosen = run / ("best" if result.best is not None else "model")
+    model = (SCM if config.method == "scm" else TSCAM).from_pretrained(chosen).to(accelerator.device).eval()
     if "val" in data:
-        found = evaluate_model(model, data["val"], config, accelerator=accelerator, protocols=("standard",))
-        model.threshold = found.best_threshold()
-    evaluation = evaluate_model(model, data["test"], config, accelerator=accelerator, kinds=report_kinds(model))
+        model.threshold = measure(config, model, data["val"], accelerator).threshold() or config.fixed_threshold
+    kinds = tuple(dict.fromkeys((model.own_kind, "cam", "att", "tscam", "scm")))
+    evaluation = measure(
+        config, model, data["test"], accelerator, kinds=kinds, protocols=config.protocols, floors=True
+    )
     if accelerator.is_main_process:
-        with atomic_folder(run / "model") as folder:
-            model.save_pretrained(folder)
-            evaluation.write_card(folder, config, run)
-        write_results(run, model, data["test"], config, evaluation, history=result.history)
+        write_run(run, config, model, data["test"], evaluation, result)
     accelerator.wait_for_everyone()
     return evaluation
-
-
-def report_kinds(model: TSCAM) -> tuple[str, ...]:
-    """The model's own map first, then the other maps of the same weights."""
-    return tuple(dict.fromkeys((model.own_kind, "cam", "att", "tscam", "scm")))
 
 
 if __name__ == "__main__":

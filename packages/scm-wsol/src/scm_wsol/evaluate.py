@@ -1,0 +1,367 @@
+"""Evaluate TS-CAM and SCM models: classes, boxes and masks, under the protocols that papers use."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from attnmap_core import cli
+from attnmap_core.boxes import resize_boxes, upsample_score_map
+from attnmap_core.data.loaders import SampleDataset, StreamDataset, eval_loader, gather_objects
+from attnmap_core.data.sources import ImageData, load_data
+from attnmap_core.data.transforms import eval_transform
+from attnmap_core.errors import InputError
+from attnmap_core.files import write_json
+from attnmap_core.metrics.localization import (
+    Protocol,
+    ScmProtocol,
+    StandardProtocol,
+    TscamProtocol,
+    centre_prior,
+    centred_box,
+    combine_masks,
+    wsol_thresholds,
+)
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from .model import TSCAM
+
+FLOORS = {"whole image": lambda size: centred_box(1.0, size), "centred box 80 %": lambda size: centred_box(0.8, size),
+          "centre prior": centre_prior}  # fmt: skip
+"""Score maps that see nothing, by name: what a method has to beat."""
+
+KIND_NAMES = {"cam": "CAM", "att": "ATT", "tscam": "TS-CAM", "scm": "SCM"}
+METRIC_NAMES = {
+    "top1_cls": "Top-1 Cls",
+    "top5_cls": "Top-5 Cls",
+    "top1_loc": "Top-1 Loc",
+    "top5_loc": "Top-5 Loc",
+    "gt_known": "GT-known",
+    "box_acc_iou30": "GT-known 0.3",
+    "box_acc_iou70": "GT-known 0.7",
+    "max_box_acc_v1": "MaxBoxAccV1",
+    "max_box_acc_v2": "MaxBoxAccV2",
+    "v2_iou30": "V2 at 0.3",
+    "v2_iou50": "V2 at 0.5",
+    "v2_iou70": "V2 at 0.7",
+    "pxap": "PxAP",
+    "miou": "mIoU",
+}
+
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """What was measured on one split.
+
+    Attributes:
+        data, split: what it was measured on.
+        own: kind of the model's own score map, the first of ``kinds``.
+        kinds: standard protocol by kind of score map.
+        floors: standard protocol of maps that see nothing, by name.
+        others: further protocols of the model's own map, by name.
+    """
+
+    data: str
+    split: str
+    own: str
+    kinds: dict[str, StandardProtocol]
+    floors: dict[str, StandardProtocol] = field(default_factory=dict[str, StandardProtocol])
+    others: dict[str, Protocol] = field(default_factory=dict[str, Protocol])
+
+    def metrics(self, kind: str | None = None) -> dict[str, float]:
+        """Standard metrics of one kind of score map, the model's own by default; percent."""
+        return self.kinds[kind or self.own].compute()
+
+    def threshold(self) -> float | None:
+        """Threshold that is best for GT-known; None without boxes."""
+        return self.metrics().get("threshold")
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain values."""
+        return {
+            "data": self.data,
+            "split": self.split,
+            "map": self.own,
+            "protocol standard": {kind: protocol.compute() for kind, protocol in self.kinds.items()},
+            "floors": {name: protocol.compute() for name, protocol in self.floors.items()},
+            **{f"protocol {name}": protocol.compute() for name, protocol in self.others.items()},
+        }
+
+    def table(self, name: str) -> list[dict[str, Any]]:
+        """Rows for people: the model's maps, then the floors."""
+        rows = [
+            {"map": f"{name}: {KIND_NAMES.get(kind, kind)}", **_shown(protocol.compute())}
+            for kind, protocol in self.kinds.items()
+        ]
+        return rows + [{"map": floor, **_shown(protocol.compute())} for floor, protocol in self.floors.items()]
+
+
+def _shown(metrics: dict[str, float]) -> dict[str, float]:
+    return {title: metrics[name] for name, title in METRIC_NAMES.items() if name in metrics}
+
+
+@torch.inference_mode()
+def evaluate_model(
+    model: TSCAM,
+    data: ImageData,
+    *,
+    accelerator: Any = None,
+    kinds: Sequence[str] | None = None,
+    protocols: Sequence[str] = ("standard",),
+    floors: bool = False,
+    step: float = 0.01,
+    threshold: float | None = None,
+    fixed_threshold: float = 0.1,
+    batch_size: int = 64,
+    workers: int = 0,
+    progress: bool = True,
+) -> Evaluation:
+    """Run a model over labelled images and measure its score maps.
+
+    Args:
+        model: in evaluation mode, on its device.
+        data: images with labels; boxes and masks where there are some.
+        accelerator: for several processes; each takes whole batches, and all get the whole result.
+        kinds: score maps to measure; the model's own by default. See :meth:`TSCAM.class_maps`.
+        protocols: ``standard`` always; ``scm`` and ``tscam`` besides.
+        floors: also measure maps that see nothing.
+        step: thresholds are ``arange(0, 1, step)``.
+        threshold: freeze the threshold of GT-known and Top-k Loc.
+        fixed_threshold: of protocol ``tscam``.
+        batch_size, workers: of the loader.
+        progress: show a bar on the main process.
+
+    Raises:
+        InputError: for an unknown protocol, or a model that does not see the whole photo.
+    """
+    if unknown := set(protocols) - {"standard", "scm", "tscam"}:
+        raise InputError(f"protocol {sorted(unknown)[0]}: unknown; expected standard, scm or tscam")
+    if model.preprocessing.crop != "none":
+        raise InputError("evaluation needs a model that sees the whole photo; set preprocessing crop to none")
+    thresholds = wsol_thresholds(step)
+    size = model.preprocessing.size
+    kinds = tuple(kinds or (model.own_kind,))
+    result = Evaluation(
+        data=data.name,
+        split=data.split,
+        own=kinds[0],
+        kinds={kind: StandardProtocol(thresholds, threshold=threshold) for kind in kinds},
+        floors={name: StandardProtocol(thresholds) for name in FLOORS} if floors else {},
+    )
+    scm = ScmProtocol(thresholds) if "scm" in protocols else None
+    tscam = TscamProtocol(fixed_threshold) if "tscam" in protocols else None
+    blind = {name: make(size) for name, make in FLOORS.items()}
+    samples = (StreamDataset if data.streaming else SampleDataset)(
+        data, eval_transform(model.preprocessing), seed=0, with_targets=True
+    )
+    processes, process = (1, 0) if accelerator is None else (accelerator.num_processes, accelerator.process_index)
+    loader = eval_loader(samples, batch_size, processes=processes, process=process, workers=workers)
+    device = next(model.parameters()).device
+    total = None if data.streaming else -(-len(data) // (batch_size * processes))
+    for batch in tqdm(
+        loader, total=total, desc=f"evaluate {data.split}", leave=False, disable=None if progress and not process else True
+    ):
+        images, labels = batch["images"].to(device), batch["labels"].to(device)
+        maps = model.maps(images)
+        ranked = maps.logits.argsort(dim=1, descending=True, stable=True)
+        ranks = (ranked == labels[:, None]).int().argmax(dim=1).tolist()
+        raw = {kind: _numpy(model.class_maps(maps, labels, kind)) for kind in kinds}
+        best = _numpy(model.class_maps(maps, ranked[:, :5])) if scm else None
+        best_classes = ranked[:, :5].cpu().numpy()
+        for i, index in enumerate(batch["index"].tolist()):
+            photo_boxes, photo_size = batch["boxes_xyxy"][i], batch["size_wh"][i]
+            boxes = resize_boxes(photo_boxes, photo_size, (size[1], size[0]))
+            mask = None
+            if batch["mask"][i] is not None:
+                mask = combine_masks([batch["mask"][i]], batch["ignore"][i], size)
+            for kind, protocol in result.kinds.items():
+                score_map = upsample_score_map(raw[kind][i], size)
+                protocol.add(index, rank=ranks[i], score_map=score_map, boxes_xyxy=boxes, mask=mask)
+            for name, protocol in result.floors.items():
+                protocol.add(index, rank=None, score_map=blind[name], boxes_xyxy=boxes, mask=mask)
+            if not len(photo_boxes) or not (scm or tscam):
+                continue
+            boxes = resize_boxes(photo_boxes, photo_size, (size[1], size[0]), "scm")
+            if scm and best is not None:
+                linear = upsample_score_map(best[i], size, "bilinear")
+                scm.add(index, label=int(labels[i]), classes=best_classes[i], score_maps=linear, boxes_xyxy=boxes)
+            if tscam:
+                linear = upsample_score_map(raw[kinds[0]][i], size, "bilinear")
+                tscam.add(index, rank=ranks[i], score_map=linear, boxes_xyxy=boxes)
+    result.others = {name: p for name, p in (("scm", scm), ("tscam", tscam)) if p is not None}
+    for protocol in (*result.kinds.values(), *result.floors.values(), *result.others.values()):
+        protocol.merge(gather_objects(accelerator, protocol.state()))
+    return result
+
+
+def _numpy(maps: torch.Tensor) -> NDArray[np.float64]:
+    return maps.double().cpu().numpy()
+
+
+# --- For people ---------------------------------------------------------------------------------------------------
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as aligned text; numbers with one decimal, what is missing as a dash."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [columns] + [[_cell(row.get(name)) for name in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join(_line(line, widths) for line in cells)
+
+
+def _cell(value: Any) -> str:
+    return "–" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first, *rest = (f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(cells, widths)))
+    return "  ".join([first, *rest]).rstrip()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image of a gallery: the photo, its truth, and what the model says of its true class."""
+
+    index: int
+    image: Any
+    boxes_xyxy: NDArray[np.float64]
+    predicted_xyxy: NDArray[np.float64]
+    score_map: NDArray[np.float32]
+    caption: str
+    iou: float
+
+
+@torch.inference_mode()
+def gallery_cases(model: TSCAM, data: ImageData, indices: Sequence[int], ious: dict[int, float]) -> Iterator[Case]:
+    """The true class's map and box of chosen images, at the model's threshold."""
+    from attnmap_core.boxes import boxes_from_score_map
+
+    transform = eval_transform(model.preprocessing)
+    device = next(model.parameters()).device
+    for index in indices:
+        sample = data[index]
+        maps = model.maps(transform(sample.image)[None].to(device))
+        raw = _numpy(model.class_maps(maps, torch.tensor([sample.label], device=device)))[0]
+        score_map = upsample_score_map(raw, model.preprocessing.size)
+        box = boxes_from_score_map(score_map, model.threshold, convention="tscam")
+        probabilities = maps.logits[0].softmax(dim=0)
+        predicted = int(probabilities.argmax())
+        width, height = sample.image.size
+        caption = f"{data.labels[sample.label]}"
+        if predicted != sample.label:
+            caption += f" (named {data.labels[predicted]}, {100 * float(probabilities[predicted]):.0f} %)"
+        yield Case(
+            index,
+            sample.image,
+            sample.boxes_xyxy,
+            model.preprocessing.to_photo_coordinates(box.astype(np.float64), width, height),
+            model.preprocessing.to_photo_map(score_map.astype(np.float32), width, height),
+            caption,
+            ious.get(index, float("nan")),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Measure a model on labelled images; writes metrics.json and report.html where ``out`` is given."""
+
+    model: tyro.conf.Positional[str]
+    """Model folder, run folder or Hub id."""
+    data: str = "synthetic"
+    """Data source; ``scm-wsol list`` shows what it may be."""
+    data_options: dict[str, bool | int | float | str] = field(default_factory=dict[str, bool | int | float | str])
+    """Options of the data source, such as split_file."""
+    split: Literal["train", "val", "test", "all"] = "test"
+    """Part of the data to measure."""
+    protocols: tuple[Literal["standard", "scm", "tscam"], ...] = ("standard",)
+    """Metric protocols."""
+    kinds: tuple[str, ...] = ()
+    """Score maps to measure: cam, att, tscam, scm, combine:l,m; the model's own where not given."""
+    threshold_from: str = ""
+    """Split to find the threshold on, which is then frozen; empty: best on the measured split."""
+    threshold_step: float = 0.01
+    """Thresholds are arange(0, 1, step)."""
+    fixed_threshold: float = 0.1
+    """Threshold of protocol tscam: 0.1 for CUB, 0.12 for ILSVRC in the released code."""
+    batch_size: int = 64
+    """Images a forward pass."""
+    workers: int = 0
+    """Loader processes."""
+    device: str = "auto"
+    """cpu, cuda, mps or auto."""
+    out: Path | None = None
+    """Folder for metrics.json and report.html."""
+    overwrite: bool = False
+    """Replace the folder where it exists."""
+
+
+def evaluate_command(arguments: list[str]) -> None:
+    """``scm-wsol evaluate MODEL --data ... [--protocols standard scm tscam]``."""
+    from attnmap_core.files import new_output_folder
+
+    from .cli import load_model
+    from .report import write_evaluation_report
+
+    options = cli.parse(EvaluateOptions, arguments, command="scm-wsol evaluate")
+    folder = cli.resolve_model(options.model)
+    model = load_model(folder).to(cli.choose_device(options.device)).eval()
+    data = load_data(options.data, options.split, **options.data_options)  # type: ignore[arg-type]
+    check_labels(model, data)
+    if options.out is not None:
+        new_output_folder(options.out, overwrite=options.overwrite)
+    shared: dict[str, Any] = {
+        "step": options.threshold_step,
+        "batch_size": options.batch_size,
+        "workers": options.workers,
+    }
+    threshold = None
+    if options.threshold_from:
+        other = load_data(options.data, options.threshold_from, **options.data_options)  # type: ignore[arg-type]
+        threshold = evaluate_model(model, other, **shared).threshold()
+    result = evaluate_model(
+        model,
+        data,
+        kinds=options.kinds or None,
+        protocols=options.protocols,
+        floors=True,
+        threshold=threshold,
+        fixed_threshold=options.fixed_threshold,
+        **shared,
+    )
+    sys.stdout.write(f"{data.name}, {data.split}, protocol standard\n{format_table(result.table(type(model).__name__))}\n")
+    for name, protocol in result.others.items():
+        rows = [{"metric": metric, "value": value} for metric, value in protocol.compute().items()]
+        sys.stdout.write(f"\nprotocol {name}\n{format_table(rows)}\n")
+    if options.out is not None:
+        write_json(options.out / "metrics.json", result.to_json())
+        report = write_evaluation_report(options.out / "report.html", model, data, result, command=" ".join(sys.argv))
+        sys.stdout.write(f"\n{report}\n")
+
+
+def check_labels(model: TSCAM, data: ImageData) -> None:
+    """The model's classes must be those of the data, in the same order.
+
+    Raises:
+        InputError: naming the first class that differs.
+    """
+    if not model.labels or list(model.labels) == list(data.labels):
+        return
+    pairs = zip([*model.labels, *["-"] * len(data.labels)], [*data.labels, *["-"] * len(model.labels)])
+    place, (ours, theirs) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    raise InputError(
+        f"{data.name}: class {place} is {theirs!r}, the model's is {ours!r} ({len(data.labels)} and "
+        f"{len(model.labels)} classes); evaluate on data with the classes it was trained on"
+    )
+
+
+if __name__ == "__main__":
+    from .cli import main
+
+    sys.exit(main(["evaluate", *sys.argv[1:]]))
