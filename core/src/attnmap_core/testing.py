@@ -373,7 +373,7 @@ def _check_prediction(model: PretrainedModel, prediction: Any, width: int, heigh
 
 @functools.cache
 def _run_python(code: str) -> None:
-    """Run ``code`` in a fresh interpreter, which must end well and print nothing. Takes seconds: once each."""
+    """Run ``code`` in a fresh interpreter, which must end well and print nothing (seconds: each once)."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code],

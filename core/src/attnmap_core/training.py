@@ -21,7 +21,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
@@ -56,7 +56,7 @@ from .files import atomic_folder, write_text
 from .recipes import plain_values
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator  # pyright: ignore[reportMissingTypeStubs]
+    from accelerate import Accelerator, PartialState  # pyright: ignore[reportMissingTypeStubs]
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class TrainConfig:
     min_lr: float = 0.0
     """Where cosine, tanh and poly end."""
     decay_epochs: tuple[float, ...] = (30,)
-    """step: the interval; multistep: all epochs (0-based) that begin with a lower learning rate."""
+    """step: the interval; multistep: the epochs, counted from 1, that begin with a lower learning rate."""
     decay_rate: float = 0.1
     """step and multistep: factor of each decay; poly: the power."""
 
@@ -339,7 +339,7 @@ def param_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     for prefix, module in model.named_modules():
         exempt: Callable[[], set[str]] = getattr(module, "no_weight_decay", set[str])
         no_decay += [f"{prefix}.{name}" if prefix else name for name in sorted(exempt())]
-    layer_scales = _layer_scales(model, config.layer_decay)
+    layer_scales = _layer_scales(model, parameters, config.layer_decay)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in parameters.items():
         exempted = parameter.ndim <= 1 or any(fnmatch.fnmatch(name, pattern) for pattern in no_decay)
@@ -351,7 +351,9 @@ def param_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
-def _layer_scales(model: nn.Module, layer_decay: float | None) -> dict[str, float]:
+def _layer_scales(
+    model: nn.Module, trainable: Collection[str], layer_decay: float | None
+) -> dict[str, float]:
     if layer_decay is None:
         return {}
     from timm.models import group_parameters
@@ -364,8 +366,8 @@ def _layer_scales(model: nn.Module, layer_decay: float | None) -> dict[str, floa
         )
     grouped: Any = group_parameters(model, matcher(coarse=False), reverse=True)
     layers: dict[str, int] = grouped
-    last = max(layers.values())
-    return {name: layer_decay ** (last - layer) for name, layer in layers.items()}
+    last = max(layers[name] for name in trainable)
+    return {name: layer_decay ** (last - layers[name]) for name in trainable}
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
@@ -417,33 +419,50 @@ def timm_schedule(
 # --- Launch -------------------------------------------------------------------------------------------------
 
 
-def start_processes() -> None:
-    """Let ``accelerate launch --cpu --num_processes N`` have its N processes; call it first in a program.
+def start_processes() -> PartialState:
+    """Find the processes of this launch; a training program calls it before it writes anything.
 
-    On CPUs without MPI, Accelerate starts a single process and does not say so: every step would see a
-    fraction of the images asked for. Where that has happened, this replaces the process by PyTorch's
-    launcher, which runs the same command N times. Anywhere else it does nothing.
+    It mends two cases in which Accelerate would go on as if each process were alone, without saying so:
+    ``accelerate launch --cpu --num_processes N`` without MPI starts a single process (this one is then
+    replaced by PyTorch's launcher, which runs the same command N times), and under ``torchrun`` on a machine
+    without a GPU the processes do not find each other.
+
+    Returns:
+        Accelerate's state, with ``num_processes``, ``process_index``, ``is_main_process`` and ``device``.
+
+    Raises:
+        InputError: if accelerate is not installed, or for several machines without a launcher on each.
     """
     processes, machines = _processes_asked()
-    if processes == 1:
-        return
     if machines > 1:
         raise InputError(
             f"accelerate launch --cpu --num_machines {machines}: starts one process a machine; use torchrun"
         )
-    command = sys.orig_argv[1:]
-    while command[0].startswith("-") and command[0] != "-m":  # options of the interpreter
-        command = command[1:]
-    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_addr", address]
-    launcher += ["--master_port", os.environ.get("MASTER_PORT", "29500")]
-    os.execv(sys.executable, [sys.executable, *launcher, *command])
+    if processes > 1:
+        command = sys.orig_argv[1:]
+        while command[0].startswith("-") and command[0] != "-m":  # options of the interpreter
+            command = command[1:]
+        address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        launcher += ["--master_addr", address, "--master_port", port]
+        os.execv(sys.executable, [sys.executable, *launcher, *command])
+    cpu = _is_on("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state: PartialState = import_training_extra("accelerate").PartialState(cpu=cpu)
+    if state.num_processes == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RuntimeError(
+            "accelerate was used before start_processes() and takes this process for the only one"
+        )
+    return state
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in {"1", "true", "yes", "on"}
 
 
 def _processes_asked() -> tuple[int, int]:
-    """Processes and machines that ``accelerate launch`` was asked for where it is our parent and started only us."""
+    """Processes and machines asked of ``accelerate launch`` where it is our parent and started only us."""
     started = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"} & os.environ.keys()
-    if started or os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in {"1", "true"}:
+    if started or not _is_on("ACCELERATE_USE_CPU"):
         return 1, 1
     parent = import_training_extra("psutil").Process().parent()
     command: list[str] = parent.cmdline() if parent is not None else []
@@ -470,11 +489,8 @@ def start_accelerator(config: TrainConfig, run_dir: str | Path) -> Accelerator:
     Raises:
         InputError: if accelerate or the tracker is not installed, or the device cannot do the precision.
     """
+    state = start_processes()
     accelerate = import_training_extra("accelerate")
-    if (asked := _processes_asked()[0]) > 1:
-        raise InputError(
-            f"accelerate launch --cpu started 1 of {asked} processes; launch with torchrun instead"
-        )
     if config.tracker != "none":
         if importlib.util.find_spec(config.tracker) is None:
             raise InputError(f"tracker {config.tracker}: not installed; run: pip install {config.tracker}")
@@ -482,8 +498,7 @@ def start_accelerator(config: TrainConfig, run_dir: str | Path) -> Accelerator:
             raise InputError(
                 f"tracker {config.tracker}: unknown to this accelerate; pip install -U accelerate"
             )
-    device: torch.device = accelerate.PartialState().device
-    if config.mixed_precision == "fp16" and device.type == "cpu":
+    if config.mixed_precision == "fp16" and state.device.type == "cpu":
         raise InputError("mixed_precision fp16: needs a GPU and this run is on the CPU; use bf16 or no")
     # Accelerate keeps one precision per process; a second run in it may ask for another.
     shared: Any = accelerate.state.AcceleratorState
@@ -752,8 +767,9 @@ class _Run:
         return {"epoch": self.epoch + 1, "step": self.updates, "lr": self._lr()}
 
     def _lr(self) -> float:
-        group: dict[str, Any] = self.optimizer.param_groups[0]
-        return group["lr"] / group.get("lr_scale", 1.0)
+        groups: list[dict[str, Any]] = self.optimizer.param_groups
+        group = max(groups, key=lambda group: group.get("lr_scale", 1.0))
+        return group["lr"] / (group.get("lr_scale", 1.0) or 1.0)
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.began

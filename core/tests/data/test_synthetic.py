@@ -48,9 +48,9 @@ def digest(spec: SyntheticSpec, split: str, indices: range) -> str:
 # --- The same pixels on every machine -----------------------------------------------------------
 
 PINNED = {
-    "": "DIGEST0",
-    "image_size=64,classes=40,superclasses=8,seed=7,clutter=1,part_hidden=0.5": "DIGEST1",
-    "image_size=77,domain_shift=0.8,spread=0.3,per_class=3,unseen=4": "DIGEST2",
+    "": "427d8519debc5f33465dd1a9b2c9f7b16cf6e7896a7dad436df167125b177598",
+    "image_size=64,classes=40,superclasses=8,seed=7,clutter=1,part_hidden=0.5": "8e990efc8d7e4951ce696ad61635bbedf1cc22a4483c754a46763057ff48da2b",
+    "image_size=77,domain_shift=0.8,spread=0.3,per_class=3,unseen=4": "fa867b1cc8a1d48ef68ce43eb91a402d85985508f14128b7e5b15f8d6f6578cc",
 }
 
 
@@ -120,6 +120,42 @@ def test_random_words_are_those_of_the_published_philox() -> None:
     np.testing.assert_array_equal(draws.array(8), np.array(expected, np.float32))
 
 
+def test_everything_stays_single_precision() -> None:
+    """A stray double would round differently under another NumPy's rules for mixing scalars and arrays."""
+    canvas = synthetic._Canvas(32)
+    draws = synthetic._Draws(SMALL, "train", 0, 0)
+    shapes = [
+        synthetic._Ellipse(0.4, 0.5, 0.2, 0.1, 0.1),
+        synthetic._Limb(0.1, 0.2, 0.5, 0.6, 0.1, 0.05),
+        synthetic._Polygon(0.1, 0.1, 0.5, 0.2, 0.3, 0.6),
+        synthetic._Ring(0.5, 0.5, 0.2, 0.1),
+    ]
+    arrays = [shape.distance(canvas.x, canvas.y) for shape in shapes]
+    arrays += [synthetic._noise(draws, 5, canvas), *synthetic._pebbles(draws, 6, canvas)]
+    arrays += [synthetic._wave(canvas.x), canvas.pixels, draws.array(3)]
+    assert {array.dtype for array in arrays} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        synthetic._Ellipse(0.45, 0.5, 0.3, 0.15, 0.1),
+        synthetic._Limb(0.2, 0.3, 0.7, 0.6, 0.15, 0.05),
+        synthetic._Polygon(0.2, 0.2, 0.8, 0.3, 0.4, 0.8),
+        synthetic._Polygon(0.4, 0.8, 0.8, 0.3, 0.2, 0.2),
+        synthetic._Ring(0.5, 0.5, 0.3, 0.1),
+    ],
+)
+def test_supports_bound_the_shapes(shape: synthetic._Shape) -> None:
+    """The half-planes of ``support`` touch the pixels of negative distance; boxes and scales rest on it."""
+    canvas = synthetic._Canvas(512)
+    inside = shape.distance(canvas.x, canvas.y) < 0
+    for turns in np.linspace(0, 1, 16, endpoint=False):
+        ux, uy = synthetic._direction(float(turns))
+        furthest = (canvas.x * ux + canvas.y * uy)[inside].max()
+        assert furthest == pytest.approx(shape.support(ux, uy), abs=2 / 512)
+
+
 def test_cosine_and_sine() -> None:
     for turns in np.linspace(-2, 2, 997).tolist():
         cosine, sine = synthetic._direction(turns)
@@ -161,7 +197,7 @@ def test_importing_needs_nothing_of_training() -> None:
     """`datasets` and torch stay out until they are needed."""
     code = (
         "import sys; import attnmap_core.data.synthetic;"
-        "print([name for name in ('datasets', 'torch', 'torchvision', 'matplotlib', 'cv2') if name in sys.modules])"
+        "print([name for name in ('datasets', 'torch', 'matplotlib', 'cv2') if name in sys.modules])"
     )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -419,8 +455,7 @@ def test_body_colour_tells_the_superclass_but_not_the_class() -> None:
     """Nearest neighbours on colours alone, of the animal with its part cut out and of the background."""
     spec = SyntheticSpec(train=720)
     scenes = [render(spec, "train", index) for index in range(720)]
-    labels = np.array([scene["label"] for scene in scenes])
-    superclasses = np.array([scene["superclass"] for scene in scenes])
+    superclass, part_type, colour = np.array([class_parts(spec, scene["label"]) for scene in scenes]).T
 
     def colours(scene: dict[str, np.ndarray], where: np.ndarray) -> np.ndarray:
         pixels = scene["image"][where].astype(float)
@@ -431,19 +466,22 @@ def test_body_colour_tells_the_superclass_but_not_the_class() -> None:
     background = np.stack([colours(s, ~_dilated(s["mask"], 2)) for s in scenes])
 
     def accuracy(features: np.ndarray, targets: np.ndarray) -> float:
+        known = len(targets) * 2 // 3
         scaled = (features - features.mean(axis=0)) / features.std(axis=0)
-        distance = ((scaled[480:, None] - scaled[None, :480]) ** 2).sum(axis=-1)
-        votes = targets[:480][np.argsort(distance, axis=1)[:, :9]]
+        distance = ((scaled[known:, None] - scaled[None, :known]) ** 2).sum(axis=-1)
+        votes = targets[:known][np.argsort(distance, axis=1)[:, :9]]
         winner = np.array([np.bincount(row).argmax() for row in votes])
-        return float((winner == targets[480:]).mean())
+        return float((winner == targets[known:]).mean())
 
-    found = accuracy(body, superclasses), accuracy(body, labels)
-    behind = accuracy(background, superclasses), accuracy(background, labels)
-    print("superclass and class from the body's colours:", found, "from the background's:", behind)
-    assert found[0] > 0.7  # chance is 1/4
-    assert found[1] < 0.42  # a known superclass and a guess among its three classes: 1/3
-    assert behind[0] < 0.4
-    assert behind[1] < 0.18
+    # Classes that differ in the colour of one part, so that the hole it leaves tells nothing: chance is 1/2.
+    same = part_type == 0
+    found = accuracy(body, superclass), accuracy(body[same], colour[same])
+    behind = accuracy(background, superclass), accuracy(background[same], colour[same])
+    print("superclass and part colour from the body's colours:", found, "from the background's:", behind)
+    assert found[0] > 0.8
+    assert found[1] < 0.62
+    assert behind[0] < 0.35
+    assert behind[1] < 0.62
 
 
 def test_drawing_takes_milliseconds() -> None:
@@ -508,9 +546,9 @@ def test_wrong_descriptions_are_one_line_input_errors(text: str, match: str) -> 
 
 def test_wrong_split_and_index() -> None:
     for call in (render, lambda *arguments: SyntheticImages(*arguments[:2]), synthetic_dataset_of):
-        with pytest.raises(InputError, match="split 'trian'.*train, val, test"):
+        with pytest.raises(InputError, match=r"split 'trian'.*train, val, test"):
             call(SMALL, "trian", 0)
-    with pytest.raises(IndexError, match="0..299 of split 'val'"):
+    with pytest.raises(IndexError, match=r"0\.\.299 of split 'val'"):
         render(SMALL, "val", 300)
     with pytest.raises(IndexError):
         render(SMALL, "val", -1)

@@ -3,9 +3,9 @@
 A class is *superclass x part type x part colour*: the body plan (fish, bird, ...) and a wide range of body
 hues tell the superclass, and one small part (say a red fan on the head) tells the class inside it. Shade,
 pattern, proportions, pose, size, place and light vary inside a class and say nothing about it. Pieces that
-look like limbs, heads and parts lie about in the background. So a classifier must find the part, its maps light up
-the part rather than the animal, and classes kept for testing combine body plans, part types and part colours
-that were seen in training.
+look like limbs, heads and parts lie about in the background. So a classifier must find the part, its maps
+light up the part rather than the animal, and classes kept for testing combine body plans, part types and part
+colours that were seen in training.
 
 The pixels are the same on every machine, by construction rather than by tolerance: random numbers are raw
 Philox words (a published integer algorithm, keyed by seed and image), and the arithmetic is IEEE ``+ - * /``,

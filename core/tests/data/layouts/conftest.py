@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attnmap_core.data.sources import ImageData, load_data
+from attnmap_core.data.sources import load_data
 from attnmap_core.errors import InputError
 from PIL import Image
 
@@ -46,8 +46,7 @@ def refusal() -> Callable[..., str]:
 
     def load(spec: str, split: str = "train", **options: Any) -> str:
         with pytest.raises(InputError) as caught:
-            data: ImageData = load_data(spec, split, **options)
-            list(data)
+            list(load_data(spec, split, **options))  # what is wrong with a photo shows when it is read
         assert "\n" not in str(caught.value)
         return str(caught.value)
 

@@ -240,7 +240,7 @@ def minmax(v: Tensor) -> Tensor:
 def stable_tanhshrink(u: Tensor) -> Tensor:
     """``u - tanh(u)`` by its series for ``|u| < 0.05``, where the difference cancels to rounding noise."""
     u2 = u * u
-    series = u * u2 * (1 / 3 - u2 * (2 / 15 - u2 * (16 / 315)))
+    series = u * u2 * (1 / 3 - u2 * (2 / 15 - u2 * (17 / 315)))
     return torch.where(u.abs() < 0.05, series, functional.tanhshrink(u))
 
 

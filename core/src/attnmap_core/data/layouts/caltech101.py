@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,12 +79,10 @@ def _annotation_of(annotations: Path, name: str) -> Path:
 
 
 def _records(images: Path, labels: list[str], pairs: dict[str, Path]) -> list[Record]:
-    from scipy.io import loadmat  # pyright: ignore[reportUnknownVariableType]
-
     records: list[Record] = []
     for name, annotation in pairs.items():
         path = os.path.join(images, name)
-        (top, bottom, left, right), outline = _read(loadmat, annotation)
+        (top, bottom, left, right), outline = _read(annotation)
         # Only the header is read here; an unreadable photo keeps its box and fails, by name, when it is used.
         try:
             with Image.open(path) as image:
@@ -104,12 +102,22 @@ def _records(images: Path, labels: list[str], pairs: dict[str, Path]) -> list[Re
     return records
 
 
-def _read(loadmat: Callable[..., Any], path: Path) -> tuple[list[float], NDArray[np.float64]]:
+def _read(path: Path) -> tuple[list[float], NDArray[np.float64]]:
+    from scipy.io import matlab  # only this layout needs it
+
     try:
-        content = loadmat(path)
+        content: Any = matlab.loadmat(path)
         box = np.asarray(content["box_coord"], dtype=np.float64).reshape(4)
         outline = np.asarray(content["obj_contour"], dtype=np.float64).reshape(2, -1)
-    except (OSError, ValueError, TypeError, KeyError, NotImplementedError) as error:
+    except (
+        matlab.MatReadError,
+        zlib.error,
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        NotImplementedError,
+    ) as error:
         raise InputError(
             f"{path}: expected a MATLAB file with box_coord and obj_contour ({error}); get it again"
         ) from None
