@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 
 class Blobs(PretrainedModel, license="apache-2.0", tags=["toy"], paper_url="https://example.org/paper"):
-    """Scores a cell by how red it is, in one convolution whose weights are known; class 1 wins on red images."""
+    """Scores a cell by how red it is, in one convolution whose weights are known; red makes class 1."""
 
     def __init__(
         self,
@@ -125,6 +125,15 @@ def test_weight_sources_are_provenance_only(tmp_path: Path) -> None:
     assert not hasattr(loaded, "seen")  # neither downloads nor reads
     loaded.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["provenance"] == config["provenance"]
+
+
+def test_sources_that_are_on_by_default_are_off_in_loading(tmp_path: Path) -> None:
+    class Eager(Blobs):
+        def __init__(self, pretrained: bool = True, weights: str | None = "backbone.pth") -> None:
+            super().__init__(pretrained=pretrained, weights=weights)
+
+    Eager().save_pretrained(tmp_path)
+    assert not hasattr(Eager.from_pretrained(tmp_path), "seen")
 
 
 def test_preprocessing_of_the_backbone_is_the_default(tmp_path: Path) -> None:
@@ -314,7 +323,7 @@ def test_card_of_a_saved_model_runs(folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(folder.parent)
     photo_with_red(48, 32, (8, 8, 40, 24)).save("photo.jpg")
     exec("\n".join(code[1:]), {"Blobs": Blobs})
-    assert "grass" in capsys.readouterr().out or "fox" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("fox 0.9")
 
 
 def test_push_to_hub_sends_the_whole_folder(model: Blobs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +380,7 @@ def test_crop_is_undone(model: Blobs) -> None:
     np.testing.assert_allclose(prediction.boxes_xyxy, [[80, 0, 160, 80]], atol=10)
     assert prediction.score_map.shape == (16, 32)  # over the whole photo
     assert not prediction.score_map[:, :7].any()
-    assert prediction.score_map[3, 10] > 0.9
+    assert prediction.score_map[3, 10] > 0.8
 
 
 def test_all_contours_come_best_first(model: Blobs) -> None:
@@ -457,15 +466,8 @@ def test_modes_are_restored(model: Blobs) -> None:
 def test_values_that_are_not_finite(model: Blobs) -> None:
     with torch.no_grad():
         model.head.weight.fill_(float("nan"))
-    with pytest.raises(InputError, match="a.png.*not finite"):
-        model.predict(photo_with_red(8, 8, (0, 0, 4, 4)).copy(), threshold=0.1) if False else next(
-            model.predict_iter([named(Image.new("RGB", (8, 8)), "a.png")])
-        )
-
-
-def named(image: Image.Image, name: str) -> Image.Image:
-    image.filename = name  # type: ignore[attr-defined]
-    return image
+    with pytest.raises(InputError, match=r"photo 1 .*not finite"):
+        model.predict(Image.new("RGB", (8, 8)))
 
 
 @pytest.mark.parametrize(("option", "value"), [("threshold", 1.0), ("threshold", -0.1), ("batch_size", 0)])

@@ -67,7 +67,7 @@ def run(program: Program, arguments: Sequence[str] | None = None) -> int:
     verbs: dict[str, Verb] = {
         "train": lambda rest: _train(program, rest),
         "evaluate": program.evaluate,
-        "predict": lambda rest: _predict(program, rest),
+        "predict": lambda rest: _say(predict(program, rest)),
         "reproduce": lambda rest: _reproduce(program, rest),
         "push": lambda rest: _push(program, rest),
         "demo": lambda rest: _demo(program, rest),
@@ -185,13 +185,13 @@ class PredictOptions:
     """Replace the folder where it exists."""
 
 
-def _predict(program: Program, arguments: list[str]) -> None:
+def predict(program: Program, arguments: Sequence[str]) -> str:
+    """The ``predict`` verb; returns the path of the report."""
     from .predicting import predict_folder
 
     options = parse(PredictOptions, arguments, command=f"{program.name} predict")
     model = program.load(resolve_model(options.model))
-    report = predict_folder(model, options, command=f"{program.name} predict {' '.join(arguments)}")
-    _say(report)
+    return predict_folder(model, options, command=f"{program.name} predict {' '.join(arguments)}")
 
 
 def resolve_model(name: str) -> str:

@@ -80,8 +80,8 @@ class PretrainedModel(nn.Module, PyTorchModelHubMixin):
 
     - ``pretrained`` and ``weights``, which name where backbone weights came from: they are noted under
       ``"provenance"`` and are off when the model is loaded, so that nothing more is downloaded or read;
-    - ``labels``, ``preprocessing`` and ``threshold``, which are attributes too: they may change after
-      construction and are saved as they are then.
+    - ``labels``, ``preprocessing`` (a dict) and ``threshold``, which become attributes before ``__init__``
+      runs: they may change after construction and are saved as they are then.
 
     Class keywords (``license``, ``tags``, ``pipeline_tag``, ``paper_url``) go to the model card.
 
@@ -472,7 +472,8 @@ class PretrainedModel(nn.Module, PyTorchModelHubMixin):
             "threshold": self.threshold,
             "provenance": self._provenance,
         }
-        write_json(config_file, {key: value for key, value in config.items() if value not in (None, {}, [])})
+        known = {key: value for key, value in config.items() if key == "model" or value not in (None, {}, [])}
+        write_json(config_file, known)
         _save(self, weights_file)
 
     def _card_facts(self, repo_id: str, more: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -536,6 +537,17 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in cast(dict[str, Any], value).items()}
     return value
+
+
+def read_config(name: str | Path) -> dict[str, Any]:
+    """``config.json`` of a model folder or Hub repository, for programs that must choose the class first.
+
+    Raises:
+        InputError: as :meth:`PretrainedModel.from_pretrained`.
+    """
+    folder = Path(name).expanduser()
+    config, _ = _local_files(folder) if folder.is_dir() else _hub_files(os.fspath(name))
+    return read_json(config)
 
 
 def _local_files(folder: Path) -> tuple[Path, Path]:

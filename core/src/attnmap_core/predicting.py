@@ -17,7 +17,8 @@ from .export import export_predictions
 from .files import atomic_folder, write_json
 from .pictures import overlay
 from .prediction import Prediction
-from .report import prediction_report
+from .recipes import run_record
+from .report import PredictionReport, run_facts
 
 if TYPE_CHECKING:
     from .cli import PredictOptions
@@ -55,24 +56,24 @@ def predict_folder(model: Any, options: PredictOptions, *, command: str) -> str:
         (folder / "heatmaps").mkdir()
         unreadable: list[tuple[str, str]] = []
         kept: list[Prediction] = []
+        report = PredictionReport()
         for prediction in tqdm(
             _predictions(model, photos, options, unreadable), total=len(photos), desc="predict", unit="photo"
         ):
             name = f"{len(kept):06d}_{Path(prediction.source).stem}.jpg"
-            heat = overlay(load_image(prediction.source), prediction.score_map, max_side=640)
-            heat.convert("RGB").save(folder / "heatmaps" / name, quality=88)
-            kept.append(dataclasses.replace(prediction, score_map=prediction.score_map.astype(np.float32)))
+            photo = load_image(prediction.source)
+            heat = overlay(photo, prediction.score_map, longest_side=(1, 640))
+            heat.save(folder / "heatmaps" / name, quality=88)
+            report.add(photo, prediction)
+            # The annotations need the boxes only; maps of a large folder would not fit in memory.
+            kept.append(dataclasses.replace(prediction, score_map=np.zeros((0, 0), np.float32)))
         if not kept:
             raise InputError(f"{' '.join(options.photos)}: none of {len(photos)} photos could be read; first: {unreadable[0][1]}")
         export_predictions(kept, folder, format=options.format, labels=list(model.labels or []))
         write_json(folder / "predictions.json", [_row(prediction) for prediction in kept])
-        prediction_report(
-            folder / "report.html",
-            kept,
-            title=f"{len(kept)} photos, {type(model).__name__}",
-            command=command,
-            unreadable=unreadable,
-        )
+        title = f"{len(kept)} photos seen by {type(model).__name__}"
+        facts = {"command": command} | run_facts(run_record())
+        report.write(folder / "report.html", title=title, unreadable=unreadable, facts=facts)
     for name, reason in unreadable:
         logger.warning("skipped %s: %s", name, reason)
     if unreadable:

@@ -5,7 +5,7 @@ of the package's config dataclass::
 
     # SCM with DeiT-S on CUB-200-2011
     # paper: GT-known 96.6 (protocol scm); 2 hours on one A100
-    # command: scm-wsol train cub-scm --data cub --data-options.root CUB_200_2011
+    # command: scm-wsol train cub-scm --data cub:CUB_200_2011
     method = "scm"
     lr = 5e-5
     betas = [0.9, 0.999]
@@ -35,8 +35,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
-
-import torch
 
 from .errors import InputError
 
@@ -297,6 +295,8 @@ def run_record(
         installed) and ``dirty`` (whether files differ from the commit), ``versions``, ``hardware``. No paths
         but those that were typed.
     """
+    import torch
+
     stack = ("python", "attnmap-core", *packages, "torch", "timm", "numpy", "accelerate", "datasets")
     versions = {name: _version(name) for name in stack}
     commit, dirty = _commit()

@@ -498,7 +498,7 @@ def start_accelerator(config: TrainConfig, run_dir: str | Path) -> Accelerator:
             raise InputError(
                 f"tracker {config.tracker}: unknown to this accelerate; pip install -U accelerate"
             )
-    if config.mixed_precision == "fp16" and state.device.type == "cpu":
+    if config.mixed_precision == "fp16" and str(state.device) == "cpu":
         raise InputError("mixed_precision fp16: needs a GPU and this run is on the CPU; use bf16 or no")
     # Accelerate keeps one precision per process; a second run in it may ask for another.
     shared: Any = accelerate.state.AcceleratorState

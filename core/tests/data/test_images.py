@@ -193,7 +193,7 @@ def test_sources_agree(tmp_path: Path) -> None:
     assert loaded[-1] is not image
 
 
-# --- What must be refused -----------------------------------------------------------------------------------
+# --- What must be refused ---------------------------------------------------------------------------------
 
 
 def refused(source: Path) -> str:

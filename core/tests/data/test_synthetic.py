@@ -49,8 +49,12 @@ def digest(spec: SyntheticSpec, split: str, indices: range) -> str:
 
 PINNED = {
     "": "427d8519debc5f33465dd1a9b2c9f7b16cf6e7896a7dad436df167125b177598",
-    "image_size=64,classes=40,superclasses=8,seed=7,clutter=1,part_hidden=0.5": "8e990efc8d7e4951ce696ad61635bbedf1cc22a4483c754a46763057ff48da2b",
-    "image_size=77,domain_shift=0.8,spread=0.3,per_class=3,unseen=4": "fa867b1cc8a1d48ef68ce43eb91a402d85985508f14128b7e5b15f8d6f6578cc",
+    "image_size=64,classes=40,superclasses=8,seed=7,clutter=1,part_hidden=0.5": (
+        "8e990efc8d7e4951ce696ad61635bbedf1cc22a4483c754a46763057ff48da2b"
+    ),
+    "image_size=77,domain_shift=0.8,spread=0.3,per_class=3,unseen=4": (
+        "fa867b1cc8a1d48ef68ce43eb91a402d85985508f14128b7e5b15f8d6f6578cc"
+    ),
 }
 
 
@@ -348,8 +352,8 @@ def test_the_centre_prior_is_weak() -> None:
     }
     print("share of boxes with IoU >= 0.5 for a centred square of side:", floors)
     assert floors[1.0] < 0.02
-    assert floors[0.8] < 0.12
-    assert max(floors.values()) < 0.2
+    assert floors[0.8] < 0.09
+    assert max(floors.values()) < 0.13
     middle = (boxes[:, :2] + boxes[:, 2:]) / 2
     assert np.abs(middle.mean(axis=0) - 0.5).max() < 0.04  # no corner is favoured either
     assert middle.std(axis=0).min() > 0.15
@@ -486,10 +490,10 @@ def test_body_colour_tells_the_superclass_but_not_the_class() -> None:
 
 def test_drawing_takes_milliseconds() -> None:
     render(SMALL, "train", 0)
-    started = time.perf_counter()
+    started = time.process_time()
     for index in range(40):
         render(SMALL, "train", index)
-    assert (time.perf_counter() - started) / 40 < 0.03  # 2 ms on an idle core
+    assert (time.process_time() - started) / 40 < 0.03  # 2 ms on an idle core
 
 
 # --- The description ----------------------------------------------------------------------------

@@ -262,6 +262,10 @@ def test_stable_shrink_is_exact_where_float32_cancels():
     exact = u - u.tanh()
     exact[u.abs() < 1e-2] = (u**3 / 3 - 2 * u**5 / 15)[u.abs() < 1e-2]
     torch.testing.assert_close(stable_tanhshrink(u.float()).double(), exact, rtol=2e-4, atol=0)
+    near = torch.linspace(
+        0.02, 0.0499, 50, dtype=torch.float64
+    )  # where the last term of the series still counts
+    torch.testing.assert_close(stable_tanhshrink(near), near - near.tanh(), rtol=1e-8, atol=0)
     plain = (u.float() - u.float().tanh()).double()
     assert ((plain - exact) / exact).abs().max() > 0.1
     stable_tanhshrink(wide).sum().backward()
@@ -660,6 +664,8 @@ def test_mean_one_weights_keep_the_scale_of_the_logits():
     )  # every class the same everywhere: pooling with mean-one weights is plain pooling
     torch.testing.assert_close((control(S, F)[0] / S).mean((2, 3)), ones.mean((2, 3)))
     assert (plain(S, F)[0] / S).mean() > 1.5
+    without = SpatialCalibration(2, mean_one_weights=True, residual=False).double()
+    torch.testing.assert_close((without(S, F)[0] / S).mean((2, 3)), ones.mean((2, 3)))
 
 
 def test_last_activation_survives_copying_and_holds_no_graph():

@@ -141,6 +141,12 @@ def test_an_epoch_divisible_by_two_steps_drops_once():
     assert rates(1.0, [2, 3], 6)[6] == pytest.approx(1e-4)  # at 2, 3, 4 and 6
 
 
+def test_a_step_of_one_lowers_the_first_epoch():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    DivisibleStep(optimizer, [1])
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
 def test_resuming_at_an_epoch_gives_its_rate_at_once():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     DivisibleStep(optimizer, [10, 12]).step(14)

@@ -339,15 +339,29 @@ def load_data(
 def records_to_dataset(records: Sequence[Record], labels: Sequence[str]) -> datasets.Dataset:
     """A table of ids, paths, labels and boxes in memory, with :func:`image_features`; writes no file."""
     library = import_datasets()
-    columns = {
+    features: Any = image_features(labels)
+    columns: dict[str, list[Any]] = {
         "image_id": [record.image_id for record in records],
-        "image": [record.path for record in records],
+        "image": [_encoded(record.path) for record in records],
         "label": [record.label for record in records],
         "objects": [{"bbox": record.boxes_xywh} for record in records],
-        "masks": [record.masks for record in records],
-        "ignore": [record.ignore for record in records],
+        "masks": [[_encoded(mask) for mask in record.masks] for record in records],
+        "ignore": [_encoded(record.ignore) for record in records],
     }
-    return library.Dataset.from_dict(columns, features=image_features(labels))
+    # Arrow converts millions of rows itself; the library would call Python for each value of each.
+    import pyarrow
+
+    schema = features.arrow_schema
+    arrays: dict[str, Any] = {
+        name: pyarrow.array(values, type=schema.field(name).type) for name, values in columns.items()
+    }
+    return library.Dataset.from_dict(arrays, features=features)
+
+
+def _encoded(file: str | bytes | None) -> dict[str, str | bytes | None] | None:
+    if file is None:
+        return None
+    return {"path": None, "bytes": file} if isinstance(file, bytes) else {"path": file, "bytes": None}
 
 
 def describe_sources() -> dict[str, str]:
@@ -460,7 +474,8 @@ def _choose_records(
     ids = [record.image_id for record in records]
     check_unique(listing.root, ids)
     kept = [records[index] for index in plan.keep(ids, [record.label for record in records])]
-    kept = [replace(record, label=numbers[record.label]) for record in kept if numbers[record.label] >= 0]
+    if classes is not None:
+        kept = [replace(record, label=numbers[record.label]) for record in kept if numbers[record.label] >= 0]
     if not kept:
         raise InputError(f"{listing.root}: no images in split {split}; check its lists or folders")
     return kept, names
@@ -497,10 +512,20 @@ def _synthetic(where: str, split: str, *, streaming: bool) -> ImageData:
     table: Any = synthetic_dataset(spec, split)
     if not len(table):
         raise InputError(f"synthetic:{where}: no images in split {split}; give {split}=... above 0")
-    name = spec.to_string()
+    name, labels = spec.to_string(), class_names(spec)
+    if streaming:  # a stream cannot take over the transform that draws the rows: it becomes a lazy map
+        draw = table.format["format_kwargs"]["transform"]
+        plain = table.with_format(None)
+        table = plain.to_iterable_dataset().map(
+            draw,
+            batched=True,
+            batch_size=8,
+            remove_columns=plain.column_names,
+            features=image_features(labels),
+        )
     return ImageData(
-        table.to_iterable_dataset() if streaming else table,
-        labels=class_names(spec),
+        table,
+        labels=labels,
         name=f"synthetic:{name}" if name else "synthetic",
         split=split,
         streaming=streaming,

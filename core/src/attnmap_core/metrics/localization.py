@@ -366,10 +366,9 @@ class StandardProtocol(Protocol):
         at = self._nearest(self.compute()["threshold"])
         return {index: float(self.rows[index]["largest"][at]) for index in self.indices("largest")}
 
-    def box_accuracy_curves(self) -> dict[str, Floats]:
-        """Percent of correct boxes over the thresholds, by IoU level, largest contour."""
-        shares = 100.0 * self.column("largest_right").mean(axis=0)
-        return {f"IoU {delta:g}": share for delta, share in zip(IOU_THRESHOLDS, shares)}
+    def box_accuracy_curves(self) -> dict[float, Floats]:
+        """Share of correct boxes over the thresholds, in ``[0, 1]``, by IoU level, largest contour."""
+        return dict(zip(IOU_THRESHOLDS, self.column("largest_right").mean(axis=0)))
 
     def _nearest(self, threshold: float) -> int:
         return int(np.abs(self.thresholds - threshold).argmin())

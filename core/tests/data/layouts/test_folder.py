@@ -23,7 +23,7 @@ def jsonl(*rows: dict[str, Any]) -> str:
     return "\n".join(map(json.dumps, rows))
 
 
-def coco(images: dict[str, list[tuple[str, list[float]]]], **extra: Any) -> str:
+def coco(images: dict[str, list[tuple[str, list[float]]]], /, **extra: Any) -> str:
     """A COCO file: for each photo its objects as (category, x y w h)."""
     names = sorted({name for objects in images.values() for name, _ in objects})
     rows = [(i, *found) for i, objects in enumerate(images.values()) for found in objects]
@@ -38,7 +38,7 @@ def coco(images: dict[str, list[tuple[str, list[float]]]], **extra: Any) -> str:
     return json.dumps(content | extra)
 
 
-# --- Classes and splits ----------------------------------------------------------------------------------------
+# --- Classes and splits -----------------------------------------------------------------------------------
 
 
 def test_class_folders(animals: Path) -> None:
@@ -93,7 +93,7 @@ def test_folder_missing_empty_or_without_images(tmp_path: Path, text, refusal) -
     assert "is a file" in refusal(f"folder:{tmp_path / 'a.txt'}")
 
 
-# --- metadata.jsonl --------------------------------------------------------------------------------------------
+# --- metadata.jsonl ---------------------------------------------------------------------------------------
 
 
 def test_metadata_boxes(animals: Path, text) -> None:
@@ -187,7 +187,7 @@ def test_malformed_metadata(animals: Path, text, refusal, content: str, says: st
     assert says in refusal(str(animals), "all")
 
 
-# --- COCO --------------------------------------------------------------------------------------------------
+# --- COCO -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["annotations.json", "_annotations.coco.json"])

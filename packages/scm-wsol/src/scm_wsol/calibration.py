@@ -139,8 +139,7 @@ def modulated_laplacian(
     """
     X = grid * (rate * E - 1)  # Eq. 3, in the sign of the paper's figure and code
     if laplacian == "rowsum":
-        edges = X - torch.diag_embed(X.diagonal(dim1=-2, dim2=-1))  # A ∘ (1 - λE)
-        X = edges - torch.diag_embed(edges.sum(-1))
+        X = X - torch.diag_embed(X.sum(-1))  # every row then sums to 0
     return -X if sign == "supplement" else X
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 from attnmap_core import cli
@@ -35,11 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def load_model(name: str) -> Any:
     """The TS-CAM or SCM model of a folder or Hub id, by the class its ``config.json`` names."""
-    from attnmap_core.hub import model_class_name
+    from attnmap_core.hub import read_config
 
     from .model import SCM, TSCAM
 
-    return (SCM if model_class_name(name) == "SCM" else TSCAM).from_pretrained(name)
+    return (SCM if read_config(name).get("class") == "SCM" else TSCAM).from_pretrained(name)
 
 
 def _config() -> type[Any]:
@@ -75,10 +75,8 @@ class ImportOptions:
     """File with ``epoch``, ``state_dict`` and ``best_map``, or a plain DeiT file."""
     out: Path
     """Model folder to write."""
-    method: Literal["scm", "tscam"] = "scm"
-    """What the checkpoint was trained with."""
-    backbone: str = "deit_small_patch16_224"
-    """timm name of its backbone."""
+    backbone: str | None = None
+    """timm name of its backbone; the DeiT of the file's width where not given."""
     overwrite: bool = False
     """Replace the folder where it exists."""
 
@@ -89,7 +87,7 @@ def _import(arguments: list[str]) -> None:
     from .importer import import_checkpoint
 
     options = cli.parse(ImportOptions, arguments, command="scm-wsol import")
-    model = import_checkpoint(options.checkpoint, method=options.method, backbone=options.backbone)
+    model = import_checkpoint(options.checkpoint, backbone=options.backbone)
     new_output_folder(options.out, overwrite=options.overwrite)
     with atomic_folder(options.out) as folder:
         model.save_pretrained(folder)

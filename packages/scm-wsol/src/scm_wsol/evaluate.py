@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -225,49 +225,6 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join([first, *rest]).rstrip()
 
 
-@dataclass(frozen=True)
-class Case:
-    """One image of a gallery: the photo, its truth, and what the model says of its true class."""
-
-    index: int
-    image: Any
-    boxes_xyxy: NDArray[np.float64]
-    predicted_xyxy: NDArray[np.float64]
-    score_map: NDArray[np.float32]
-    caption: str
-    iou: float
-
-
-@torch.inference_mode()
-def gallery_cases(model: TSCAM, data: ImageData, indices: Sequence[int], ious: dict[int, float]) -> Iterator[Case]:
-    """The true class's map and box of chosen images, at the model's threshold."""
-    from attnmap_core.boxes import boxes_from_score_map
-
-    transform = eval_transform(model.preprocessing)
-    device = next(model.parameters()).device
-    for index in indices:
-        sample = data[index]
-        maps = model.maps(transform(sample.image)[None].to(device))
-        raw = _numpy(model.class_maps(maps, torch.tensor([sample.label], device=device)))[0]
-        score_map = upsample_score_map(raw, model.preprocessing.size)
-        box = boxes_from_score_map(score_map, model.threshold, convention="tscam")
-        probabilities = maps.logits[0].softmax(dim=0)
-        predicted = int(probabilities.argmax())
-        width, height = sample.image.size
-        caption = f"{data.labels[sample.label]}"
-        if predicted != sample.label:
-            caption += f" (named {data.labels[predicted]}, {100 * float(probabilities[predicted]):.0f} %)"
-        yield Case(
-            index,
-            sample.image,
-            sample.boxes_xyxy,
-            model.preprocessing.to_photo_coordinates(box.astype(np.float64), width, height),
-            model.preprocessing.to_photo_map(score_map.astype(np.float32), width, height),
-            caption,
-            ious.get(index, float("nan")),
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
     """Measure a model on labelled images; writes metrics.json and report.html where ``out`` is given."""
@@ -305,6 +262,8 @@ class EvaluateOptions:
 def evaluate_command(arguments: list[str]) -> None:
     """``scm-wsol evaluate MODEL --data ... [--protocols standard scm tscam]``."""
     from attnmap_core.files import new_output_folder
+    from attnmap_core.recipes import run_record
+    from attnmap_core.report import run_facts
 
     from .cli import load_model
     from .report import write_evaluation_report
@@ -341,7 +300,8 @@ def evaluate_command(arguments: list[str]) -> None:
         sys.stdout.write(f"\nprotocol {name}\n{format_table(rows)}\n")
     if options.out is not None:
         write_json(options.out / "metrics.json", result.to_json())
-        report = write_evaluation_report(options.out / "report.html", model, data, result, command=" ".join(sys.argv))
+        facts = run_facts(run_record(packages=("scm-wsol",)))
+        report = write_evaluation_report(options.out / "report.html", model, data, result, facts=facts)
         sys.stdout.write(f"\n{report}\n")
 
 

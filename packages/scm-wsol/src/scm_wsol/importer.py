@@ -76,7 +76,7 @@ def import_checkpoint(path: str | Path, *, backbone: str | None = None, **option
     blocks = len({key.split(".")[1] for key in state if key.startswith("layers.")})
     model: TSCAM
     if blocks:
-        calibration = {"blocks": blocks, "iterations": 4}
+        calibration = {"blocks": blocks, "iterations": "release" if blocks == 4 else 4}
         calibration |= options.pop("calibration_options", None) or {}
         model = SCM(backbone, calibration_options=calibration, **options)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from attnmap_core.data.loaders import SampleDataset, StreamDataset, gather_objects, import_training_extra
@@ -61,7 +61,14 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: ScmConfig, steps_per
     return timm_schedule(optimizer, config, steps_per_epoch)
 
 
-def train(config: ScmConfig, header: str = "", resume: bool = False, overwrite: bool = False) -> TrainResult:
+class Finished(NamedTuple):
+    """A run that is over: what the loop did, and what the chosen weights do on the test split."""
+
+    result: TrainResult
+    evaluation: Evaluation
+
+
+def train(config: ScmConfig, header: str = "", resume: bool = False, overwrite: bool = False) -> Finished:
     """Train as configured, choose a checkpoint, evaluate it on the test split, and write the run folder.
 
     Args:
@@ -102,8 +109,7 @@ def train(config: ScmConfig, header: str = "", resume: bool = False, overwrite: 
         save_model=lambda trained, folder: trained.save_pretrained(folder),
         resume=resume,
     )
-    finish_run(run, config, data, result)
-    return result
+    return Finished(result, finish_run(run, config, data, result))
 
 
 def needed_splits(config: ScmConfig) -> list[str]:
@@ -124,7 +130,7 @@ def prepare_run(run: Path, config: ScmConfig, header: str, *, resume: bool, over
         try:
             new_output_folder(run, resume=resume, overwrite=overwrite)
             write_text(run / "recipe.toml", resolved_toml(config, header))
-            write_json(run / "run.json", run_record(config.seed))
+            write_json(run / "run.json", run_record(config.seed, ("scm-wsol",)))
         except InputError as error:
             problem = str(error)
     if (problem := gather_objects(state, problem)[0]) is not None:

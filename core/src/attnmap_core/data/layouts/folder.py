@@ -162,19 +162,32 @@ def _read_jsonl(path: Path, relative: Callable[[str], str]) -> _Facts:
         label = row.get("label")
         if not (label is None or isinstance(label, str) or (type(label) is int and label >= 0)):
             raise InputError(f"{where}: label {label!r}, expected a name or a number from 0; correct the row")
-        masks = row.get("mask") or []
+        objects = row.get("objects")
+        if not (objects is None or isinstance(objects, dict)):
+            raise InputError(f'{where}: objects {objects!r}, expected {{"bbox": [...]}}; correct the row')
+        masks, ignored = (_files(where, row, key) for key in ("mask", "ignore"))
         facts.by_name[name] = _Fact(
             where,
             label=label,
-            boxes_xywh=_boxes(where, (row.get("objects") or row).get("bbox") or []),
-            masks=tuple(map(relative, [masks] if isinstance(masks, str) else masks)),
-            ignore=relative(row["ignore"]) if row.get("ignore") else None,
+            boxes_xywh=_boxes(where, (objects or row).get("bbox")),
+            masks=tuple(map(relative, masks)),
+            ignore=relative(ignored[0]) if ignored else None,
         )
     return facts
 
 
-def _boxes(where: str, rows: Any) -> tuple[BoxXYWH, ...]:
-    if rows and not isinstance(rows[0], (list, tuple)):
+def _files(where: str, row: dict[str, Any], key: str) -> list[str]:
+    value = row.get(key) or []
+    names: Any = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{where}: {key} {value!r}, expected a file name; correct the row")
+    return names
+
+
+def _boxes(where: str, value: Any) -> tuple[BoxXYWH, ...]:
+    """From one ``[x, y, width, height]`` or a list of them."""
+    rows: Any = value or []
+    if rows and not (isinstance(rows, list) and isinstance(rows[0], list)):
         rows = [rows]
     boxes: list[BoxXYWH] = []
     for row in rows:

@@ -228,12 +228,12 @@ def _labels_found(source: HubSource) -> list[str]:
     """Class names from the label column of train (or the first split), so that all splits agree."""
     theirs = source.splits.get("train", next(iter(source.splits.values())))
     column = source.columns["label"]
-    found = {label for label in _plain(source.load(theirs), [column])[column] if label is not None}
-    if found and all(isinstance(label, int) for label in found):
-        return [str(label) for label in range(int(max(found)) + 1)]
-    if found and all(isinstance(label, str) for label in found):
-        return sorted(found)
+    found = [label for label in _plain(source.load(theirs), [column])[column] if label is not None]
     kinds = sorted({type(label).__name__ for label in found})
+    if kinds == ["int"]:
+        return [str(label) for label in range(max(found) + 1)]
+    if kinds == ["str"]:
+        return sorted(set(found))
     raise InputError(
         f"{source.name}: the column {column} holds {', '.join(kinds) or 'nothing'}, "
         "expected one class name or number a row; name another with ?label=COLUMN"
