@@ -115,14 +115,11 @@ def public_names(package: Package) -> list[str]:
 
 
 @each_package
-def test_public_names_are_the_listed_ones(package: Package) -> None:
+def test_no_public_name_is_lost(package: Package) -> None:
+    """New names may come as they like; one that goes was perhaps relied upon."""
     listed = (package.folder / "tests/public_names.txt").read_text(encoding="utf-8").split()
-    now = public_names(package)
-    gone, new = sorted(set(listed) - set(now)), sorted(set(now) - set(listed))
-    hint = (
-        "others may rely on these names; if the change is wanted, run: python core/tests/test_repository.py"
-    )
-    assert (gone, new) == ([], []), hint
+    gone = sorted(set(listed) - set(public_names(package)))
+    assert not gone, f"if this is wanted, python core/tests/test_repository.py writes the new list: {gone}"
 
 
 def documented(tree: ast.Module) -> Iterator[tuple[str, str, list[str]]]:
@@ -145,8 +142,8 @@ def documented(tree: ast.Module) -> Iterator[tuple[str, str, list[str]]]:
 
 def parameters(function: ast.FunctionDef) -> list[str]:
     given = function.args
-    every = [*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg]
-    return [argument.arg for argument in every if argument and argument.arg not in {"self", "cls"}]
+    every = [*given.posonlyargs, *given.args, *given.kwonlyargs, *filter(None, [given.vararg, given.kwarg])]
+    return [argument.arg for argument in every if argument.arg not in {"self", "cls"}]
 
 
 def section(docstring: str, title: str) -> list[str]:
@@ -204,7 +201,8 @@ def test_no_path_of_one_machine_and_no_registry_host() -> None:
         pytest.skip("not a git checkout")
     roots = "home|root|work|tmp|mnt|opt|Users"
     hosts = r"pypi\.org|pythonhosted|download\.pytorch"
-    pattern = re.compile(rf"(?<![\w./:>)\]}}-])/(?:{roots})/\w|{hosts}")
+    # /home/me stands for anybody's, in examples and tests.
+    pattern = re.compile(rf"(?<![\w./:>)\]}}-])/(?:{roots})/(?!me/)\w|{hosts}")
     found = []
     for name in filter(None, done.stdout.split("\0")):
         path = ROOT / name

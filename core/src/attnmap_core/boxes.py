@@ -3,12 +3,13 @@
 Three conventions meet in weakly supervised localization:
 
 - *photo* boxes: float pixels of the photo, end exclusive; what users give and get;
-- *frame* boxes: integers in the square frame of the network input (224 x 224), whose IoU counts pixels inclusively;
+- *frame* boxes: integers in the square frame of the network input (224 x 224), whose IoU counts pixels
+  inclusively;
 - ``xywh`` in files, ``xyxy`` everywhere else.
 
-Boxes of a score map follow the reference WSOL evaluator: the map becomes uint8, a threshold makes it binary, and each
-contour gives a box. No OpenCV is needed: an outer border is an 8-connected region, a hole border surrounds a
-4-connected region of background.
+Boxes of a score map follow the reference WSOL evaluator: the map becomes uint8, a threshold makes it binary,
+and each contour gives a box. No OpenCV is needed: an outer border is an 8-connected region, a hole border
+surrounds a 4-connected region of background.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 Boxes = NDArray[np.float64]
 Interpolation = Literal["bicubic", "bilinear"]
 
-# --- Maps ---------------------------------------------------------------------------------------------------------
+# --- Maps -----------------------------------------------------------------------------------------------
 
 
 def minmax_normalise(score_map: ArrayLike) -> NDArray[np.float64]:
@@ -47,7 +48,8 @@ def upsample_score_map(
 ) -> NDArray[np.float64]:
     """Enlarge raw maps as OpenCV does, then normalise each to ``[0, 1]``.
 
-    Half-pixel centres, no antialias, edges repeated; bicubic with a = -0.75 overshoots, so clip nothing before.
+    Half-pixel centres, no antialias, edges repeated; bicubic with a = -0.75 overshoots, so clip nothing
+    before.
 
     Args:
         score_map: ``(..., h, w)``, any sign and scale.
@@ -75,17 +77,17 @@ def upsample_score_map(
 @lru_cache(maxsize=32)
 def _resize_matrix(old: int, new: int, interpolation: Interpolation) -> NDArray[np.float64]:
     """``(new, old)`` weights of a one-dimensional resize."""
-    centre = (np.arange(new) + 0.5) * old / new - 0.5
+    # OpenCV works out bicubic weights, not bilinear ones, in single precision; so do we, for equal uint8 maps.
+    centre = ((np.arange(new) + 0.5) * (old / new) - 0.5).astype("f4" if interpolation == "bicubic" else "f8")
     start = np.floor(centre)
     t = centre - start
     if interpolation == "bilinear":
         taps = {0: 1 - t, 1: t}
     else:
         a = -0.75
-        far, near = ((a * (x - 5) * x + 8 * a) * x - 4 * a for x in (t + 1, 2 - t)), (t, 1 - t)
-        first, last = far
-        inner = [((a + 2) * x - (a + 3)) * x * x + 1 for x in near]
-        taps = {-1: first, 0: inner[0], 1: inner[1], 2: last}
+        outer = ((a * (t + 1) - 5 * a) * (t + 1) + 8 * a) * (t + 1) - 4 * a
+        inner = [((a + 2) * x - (a + 3)) * x * x + 1 for x in (t, 1 - t)]
+        taps = {-1: outer, 0: inner[0], 1: inner[1], 2: 1 - outer - inner[0] - inner[1]}
     matrix = np.zeros((new, old))
     for offset, weight in taps.items():
         source = np.clip(start + offset, 0, old - 1).astype(int)
@@ -95,25 +97,42 @@ def _resize_matrix(old: int, new: int, interpolation: Interpolation) -> NDArray[
 
 
 def score_map_to_uint8(score_map: ArrayLike) -> NDArray[np.uint8]:
-    """``floor(255 * map)``; the map must lie in ``[0, 1]``.
+    """``floor(255 * map)``, in double precision whatever the map's; uint8 is returned as it is.
 
     Raises:
-        ValueError: if it does not.
+        ValueError: if the map does not lie in ``[0, 1]``.
+
+    Example:
+        >>> score_map_to_uint8([[0.0, 0.5, 1.0]]).tolist()
+        [[0, 127, 255]]
     """
     values = np.asarray(score_map)
     if values.dtype == np.uint8:
         return values
     if values.size and not (values.min() >= 0 and values.max() <= 1):
-        raise ValueError(f"score map in [{values.min()}, {values.max()}], expected [0, 1]; normalise it first")
-    return (values * 255).astype(np.uint8)
+        raise ValueError(
+            f"score map in [{values.min()}, {values.max()}], expected [0, 1]; normalise it first"
+        )
+    return (values.astype(np.float64) * 255).astype(np.uint8)
 
 
-# --- Boxes of a map -----------------------------------------------------------------------------------------------
+# --- Boxes of a map -------------------------------------------------------------------------------------
 
 
 def threshold_levels(thresholds: ArrayLike, peak: int) -> NDArray[np.int64]:
-    """Integer levels t = int(threshold * peak): a pixel is foreground where its uint8 value is above t."""
-    return (np.asarray(thresholds, dtype=np.float64) * peak).astype(np.int64)
+    """Integer levels t = int(threshold * peak): a pixel is foreground where its uint8 value is above t.
+
+    Raises:
+        ValueError: if a threshold is not in ``[0, 1]``.
+
+    Example:
+        >>> threshold_levels([0.0, 0.5, 1.0], peak=255).tolist()
+        [0, 127, 255]
+    """
+    shares = np.asarray(thresholds, dtype=np.float64)
+    if not ((shares >= 0) & (shares <= 1)).all():
+        raise ValueError(f"thresholds are shares of the maximum in [0, 1], got {shares.tolist()}")
+    return (shares * peak).astype(np.int64)
 
 
 def boxes_from_score_map(
@@ -126,15 +145,18 @@ def boxes_from_score_map(
 
     Args:
         score_map: ``(h, w)`` float in ``[0, 1]``, or uint8.
-        threshold: share of the map's maximum in ``[0, 1)``.
-        contours: ``"largest"`` keeps the contour of largest polygon area (MaxBoxAccV1), ``"all"`` every one, hole
-            borders included (V2).
+        threshold: share of the map's maximum in ``[0, 1]``.
+        contours: ``"largest"`` keeps the contour of largest polygon area (MaxBoxAccV1), ``"all"`` every one,
+            hole borders included (V2).
         convention: ``"wsol"`` as the evaluator; ``"tscam"`` does not clip the end to the frame, and answers
             ``[0, 0, 1, 1]`` in place of ``[0, 0, 0, 0]`` where nothing is above the threshold.
 
     Returns:
-        ``(k, 4)`` int xyxy in map pixels, ``k >= 1``, in OpenCV's contour order. The end is the exclusive edge,
-        clipped to the last pixel, which the evaluators then read as inclusive.
+        ``(k, 4)`` int xyxy in map pixels, ``k >= 1``, in OpenCV's contour order. The end is the exclusive
+        edge, clipped to the last pixel, which the evaluators then read as inclusive.
+
+    Raises:
+        ValueError: if the map is not ``(h, w)`` in ``[0, 1]``, or the threshold not in ``[0, 1]``.
 
     Example:
         >>> score_map = np.zeros((6, 6))
@@ -143,6 +165,8 @@ def boxes_from_score_map(
         [[2, 1, 4, 4]]
     """
     values = score_map_to_uint8(score_map)
+    if values.ndim != 2:
+        raise ValueError(f"a score map is (h, w), got {values.shape}")
     level = int(threshold_levels(threshold, int(values.max(initial=0))))
     found = _contours(values > level, every=contours == "all")
     if not len(found):
@@ -154,27 +178,26 @@ def boxes_from_score_map(
     return boxes
 
 
-_EIGHT, _FOUR = np.ones((3, 3), int), np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]])
+_EIGHT, _FOUR = np.ones((3, 3), np.int64), np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]])
 
 
 def _contours(binary: NDArray[np.bool_], *, every: bool) -> NDArray[np.int64]:
-    """Inclusive boxes ``(k, 4)`` of the contours, in the order of OpenCV's RETR_TREE, or of the largest alone.
+    """Inclusive boxes ``(k, 4)`` of the contours in the order of OpenCV's RETR_TREE, or of the largest alone.
 
     The order is depth first; among siblings the one found last in raster order comes first.
     """
-    from scipy import ndimage
-
-    regions, count = ndimage.label(binary, structure=_EIGHT)
-    if not count:
+    regions = _regions(binary, _EIGHT)
+    if not binary.any():
         return np.zeros((0, 4), dtype=np.int64)
-    padded, _ = ndimage.label(np.pad(~binary, 1, constant_values=True), structure=_FOUR)
-    background = padded[1:-1, 1:-1]  # 1 is what lies outside all regions, around the frame
+    background = _regions(np.pad(~binary, 1, constant_values=True), _FOUR)[
+        1:-1, 1:-1
+    ]  # 1 is what lies outside all regions, around the frame
     region_boxes, region_first = _extents(regions)
     # The background around a region is that left of its first pixel; the region around a hole likewise.
     outside = _left_of(background, region_first, frame=1)
     if not every:
         top_level = np.flatnonzero(outside == 1)  # a region inside a hole is smaller than the one around it
-        filled, _ = ndimage.label(background != 1, structure=_EIGHT)
+        filled = _regions(background != 1, _EIGHT)
         area = _polygon_areas(filled)[filled.flat[region_first[top_level]] - 1]
         best = max(range(len(top_level)), key=lambda k: (area[k], region_first[top_level[k]]))
         return region_boxes[top_level[best]][None]
@@ -196,6 +219,15 @@ def _contours(binary: NDArray[np.bool_], *, every: bool) -> NDArray[np.int64]:
             found.append(hole_boxes[k] + np.array([-1, -1, 1, 1]))  # the border runs around the hole
             stack += [("region", region) for region in reversed(inside.get(("background", k + 2), []))]
     return np.stack(found)
+
+
+def _regions(binary: NDArray[np.bool_], neighbours: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Connected regions as labels 1..k, in raster order of their first pixels; 0 elsewhere."""
+    from scipy import ndimage
+
+    labels = np.empty(binary.shape, dtype=np.int64)
+    ndimage.label(binary, structure=neighbours, output=labels)
+    return labels
 
 
 def _extents(labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -222,10 +254,11 @@ def _polygon_areas(labels: NDArray[np.int64]) -> NDArray[np.float64]:
     inside = (blocks > 0).sum(0)
     area = np.where(inside == 4, 1.0, np.where(inside == 3, 0.5, 0.0))
     # Pixels of one block touch, so all of its labels are one.
-    return np.bincount(blocks.max(0).ravel(), weights=area.ravel(), minlength=labels.max() + 1)[1:]
+    counted = np.bincount(blocks.max(0).ravel(), weights=area.ravel(), minlength=labels.max() + 1)
+    return counted[1:].astype(np.float64)
 
 
-# --- Conversions and IoU ------------------------------------------------------------------------------------------
+# --- Conversions and IoU --------------------------------------------------------------------------------
 
 
 def xywh_to_xyxy(boxes_xywh: ArrayLike) -> Boxes:
@@ -276,8 +309,8 @@ def box_iou(
     Args:
         a_xyxy: ``(a, 4)``.
         b_xyxy: ``(b, 4)``.
-        convention: ``"inclusive"`` counts pixels, ends included (the evaluators, integer boxes); ``"continuous"``
-            measures areas, end exclusive.
+        convention: ``"inclusive"`` counts pixels, ends included (the evaluators, integer boxes);
+            ``"continuous"`` measures areas, end exclusive.
 
     Returns:
         ``(a, b)`` in ``[0, 1]``; 0 where the union is empty.
@@ -292,9 +325,12 @@ def box_iou(
     a = np.asarray(a_xyxy, dtype=np.float64).reshape(-1, 1, 4)
     b = np.asarray(b_xyxy, dtype=np.float64).reshape(1, -1, 4)
     for boxes in (a, b):
-        wrong = (boxes[..., 2:] < boxes[..., :2]).any() or (convention == "inclusive" and (boxes < 0).any())
-        if wrong:
-            raise ValueError(f"boxes must be xyxy with x0 <= x1, y0 <= y1 and not negative, got {boxes.reshape(-1, 4)}")
+        right = (boxes[..., :2] <= boxes[..., 2:]).all() and (
+            convention == "continuous" or (boxes >= 0).all()
+        )
+        if not right:  # NaN compares false
+            wanted = "xyxy with x0 <= x1, y0 <= y1" + (", not negative" if convention == "inclusive" else "")
+            raise ValueError(f"boxes must be {wanted}; got {boxes.reshape(-1, 4).tolist()}")
     one = 1.0 if convention == "inclusive" else 0.0
     sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]) + one
     inter = np.prod(np.maximum(sides, 0), axis=-1)

@@ -1,7 +1,7 @@
 """The verbs that every package offers: ``train evaluate predict reproduce push demo list``.
 
-A package describes itself in a :class:`Program` and hands it to :func:`run`. A wrong input ends in one line on
-stderr and exit code 2; an interrupt in exit code 130; anything else is a bug and keeps its traceback.
+A package describes itself in a :class:`Program` and hands it to :func:`run`. A wrong input ends in one line
+on stderr and exit code 2; an interrupt in exit code 130; anything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -88,15 +88,21 @@ def run(program: Program, arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
             raise
-        _complain(program.name, f"{error.filename or 'output'}: {error.strerror}; free some space and run again")
+        _complain(
+            program.name, f"{error.filename or 'output'}: {error.strerror}; free some space and run again"
+        )
         return 2
     except KeyboardInterrupt:
-        _complain(program.name, "interrupted; run the same command with --resume to go on where it has checkpoints")
+        _complain(
+            program.name, "interrupted; run the same command with --resume to go on where it has checkpoints"
+        )
         return 130
     return 0
 
 
-def parse(options: type[Options], arguments: Sequence[str], *, command: str, default: Options | None = None) -> Options:
+def parse(
+    options: type[Options], arguments: Sequence[str], *, command: str, default: Options | None = None
+) -> Options:
     """Fill a dataclass from ``--field value`` arguments.
 
     Args:
@@ -123,20 +129,22 @@ def parse(options: type[Options], arguments: Sequence[str], *, command: str, def
     for argument in arguments:
         given = argument[2:].split("=")[0].split(".")[0].replace("_", "-")
         if argument.startswith("--") and given not in names:
-            raise InputError(f"{command}: no field --{given}; {_did_you_mean(given, names, '--')} ({command} --help lists all)")
+            hint = _did_you_mean(given, names, "--")
+            raise InputError(f"{command}: no field --{given}; {hint} ({command} --help lists all)")
     said = io.StringIO()
     try:
-        # tyro explains a bad value in a framed box; the one line that every other error here has is made of it.
+        # tyro explains a bad value in a framed box; the one line that every other error has is made of it.
         with contextlib.redirect_stderr(said):
-            return tyro.cli(options, args=list(arguments), default=default, prog=command)
+            return cast(Options, tyro.cli(options, args=list(arguments), default=default, prog=command))
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         words = " ".join(said.getvalue().translate({ord(c): " " for c in "╭╮╰╯─│"}).split())
-        raise InputError(f"{command}: {words.removeprefix('Parsing error').removeprefix('Required options').strip()}") from None
+        words = words.removeprefix("Parsing error").removeprefix("Required options").strip()
+        raise InputError(f"{command}: {words}") from None
 
 
-# --- train -------------------------------------------------------------------------------------------------------
+# --- train ----------------------------------------------------------------------------------------------
 
 
 def _train(program: Program, arguments: list[str]) -> None:
@@ -147,7 +155,9 @@ def _train(program: Program, arguments: list[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
         if arguments[:1] in (["-h"], ["--help"]):
             tyro.cli(program.config, args=["--help"], prog=f"{program.name} train RECIPE")
-        raise InputError(f"{program.name} train: which recipe? expected a name or a .toml file first; known: {known}")
+        raise InputError(
+            f"{program.name} train: which recipe? expected a name or a .toml file first; known: {known}"
+        )
     recipe, rest = arguments[0], arguments[1:]
     resume, overwrite = "--resume" in rest, "--overwrite" in rest
     rest = [argument for argument in rest if argument not in {"--resume", "--overwrite"}]
@@ -156,7 +166,7 @@ def _train(program: Program, arguments: list[str]) -> None:
     program.train(config, recipe_header(program.module, recipe), resume, overwrite)
 
 
-# --- predict -----------------------------------------------------------------------------------------------------
+# --- predict --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,10 +215,14 @@ def resolve_model(name: str) -> str:
         if (candidate / "config.json").is_file():
             return str(candidate)
     if folder.exists():
-        raise InputError(f"{name}: no config.json in it or in its model/ folder; expected a model or run folder")
+        raise InputError(
+            f"{name}: no config.json in it or in its model/ folder; expected a model or run folder"
+        )
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name
-    raise InputError(f"{name}: no such folder; expected a model folder, a run folder or a Hub id like owner/name")
+    raise InputError(
+        f"{name}: no such folder; expected a model folder, a run folder or a Hub id like owner/name"
+    )
 
 
 def choose_device(name: str) -> str:
@@ -220,11 +234,13 @@ def choose_device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu") from None
+        raise InputError(
+            f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu"
+        ) from None
     return name
 
 
-# --- reproduce, push, demo, list ---------------------------------------------------------------------------------
+# --- reproduce, push, demo, list ------------------------------------------------------------------------
 
 
 def _reproduce(program: Program, arguments: list[str]) -> None:
@@ -296,7 +312,10 @@ def _list(program: Program, arguments: list[str]) -> None:
     recipes = _table((info.name, info.summary) for info in list_recipes(program.module))
     tables = _table((name, item.summary) for name, item in program.reproductions.items())
     sources = _table(describe_sources().items())
-    _say(f"recipes (train RECIPE)\n{recipes}\n\ntables and figures (reproduce NAME)\n{tables}\n\ndata (--data)\n{sources}")
+    _say(
+        f"recipes (train RECIPE)\n{recipes}\n\ntables and figures (reproduce NAME)\n{tables}\n\n"
+        f"data (--data)\n{sources}"
+    )
 
 
 def _table(rows: Any) -> str:

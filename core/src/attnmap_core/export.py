@@ -56,7 +56,9 @@ def export_predictions(
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     kept = list(predictions)
     names = {p.label: p.label_name for p in kept} | dict(enumerate(labels))
-    return writers[format](kept, Path(folder), [names.get(i, str(i)) for i in range(max(names, default=-1) + 1)])
+    return writers[format](
+        kept, Path(folder), [names.get(i, str(i)) for i in range(max(names, default=-1) + 1)]
+    )
 
 
 def _coco(predictions: list[Prediction], folder: Path, labels: list[str]) -> list[Path]:
@@ -76,7 +78,11 @@ def _coco(predictions: list[Prediction], folder: Path, labels: list[str]) -> lis
             })  # fmt: skip
     categories = [{"id": i, "name": name} for i, name in enumerate(labels, start=1)]
     path = folder / "annotations.json"
-    write_json(path, {"images": images, "categories": categories, "annotations": annotations})
+    # "info" and "licenses" hold nothing here, but pycocotools fails without "info".
+    write_json(
+        path,
+        {"info": {}, "licenses": [], "images": images, "categories": categories, "annotations": annotations},
+    )
     return [path]
 
 
@@ -85,7 +91,9 @@ def _yolo(predictions: list[Prediction], folder: Path, labels: list[str]) -> lis
     for p, stem in zip(predictions, _stems(predictions)):
         size = np.array([p.width, p.height, p.width, p.height], dtype=np.float64)
         boxes = p.boxes_xyxy.reshape(-1, 4)
-        centred = np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], axis=1) / size
+        centred = (
+            np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], axis=1) / size
+        )
         lines = [f"{p.label} " + " ".join(f"{v:.6f}" for v in box) + "\n" for box in centred.tolist()]
         written.append(folder / "labels" / f"{stem}.txt")
         write_text(written[-1], "".join(lines))

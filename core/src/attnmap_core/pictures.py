@@ -9,11 +9,12 @@ come out as matplotlib figures made without pyplot: nothing global is touched an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -40,7 +41,7 @@ PLOT_INK = "#3f4752"
 """Colour of the text and axes of every plot."""
 _PLOT_COLORS = ("#2b7bd6", "#e07b1a", "#2a9d5c", "#c2408f", "#8a6fd1", "#b09000", "#1fa3b0", "#d1483c")
 _LINE_STYLES = ("-", "--", ":", "-.")
-_PLOT_STYLE: dict[str, Any] = {
+_PLOT_STYLE: dict[Any, Any] = {
     "axes.edgecolor": PLOT_INK,
     "axes.grid": True,
     "axes.labelcolor": PLOT_INK,
@@ -48,7 +49,7 @@ _PLOT_STYLE: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.titlecolor": PLOT_INK,
     "axes.titlesize": 11,
-    "font.family": "DejaVu Sans",  # ships with matplotlib: the same text on every machine
+    "font.family": ["DejaVu Sans", "sans-serif"],  # the first ships with matplotlib: alike on every machine
     "font.size": 9.5,
     "grid.alpha": 0.18,
     "grid.color": PLOT_INK,
@@ -236,6 +237,8 @@ def colorize(
 def for_display(image: ImageLike, longest_side: tuple[int, int] | None = DISPLAY_LIMITS) -> Image.Image:
     """The photo in RGB, enlarged or reduced until its longest side is within the two bounds.
 
+    A photo that needs no change is returned itself, not a copy.
+
     Raises:
         ValueError: if ``image`` is not an 8-bit photo or the bounds are not ``1 <= low <= high``.
 
@@ -262,7 +265,7 @@ def rgb_image(image: ImageLike) -> Image.Image:
     """A PIL image in RGB from a PIL image of 8 bits or a uint8 ``(h, w)`` or ``(h, w, 3)`` array.
 
     Raises:
-        ValueError: for other types, shapes and depths (16-bit photos: ``attnmap_core.data.images.load_image``).
+        ValueError: for other shapes and depths; ``attnmap_core.data.images.load_image`` reads 16-bit photos.
 
     Example:
         >>> rgb_image(np.zeros((3, 5), np.uint8)).size
@@ -308,7 +311,7 @@ def contact_sheet(
 
     Example:
         >>> contact_sheet([Image.new("RGB", (30, 20))] * 5, columns=3, tile_size=100).size
-        (324, 216)
+        (324, 220)
     """
     if not tiles or columns < 1:
         raise ValueError(f"a contact sheet needs tiles and columns, got {len(tiles)} and {columns}")
@@ -356,7 +359,7 @@ def picture_grid(
     Example:
         >>> black = Image.new("RGB", (8, 8))
         >>> picture_grid([[black, None], [black, black]], cell_size=100).size
-        (216, 216)
+        (220, 220)
     """
     rows, columns = len(cells), len(cells[0]) if cells else 0
     if not columns or any(len(row) != columns for row in cells):
@@ -395,7 +398,9 @@ def picture_grid(
                 draw.text((x + cell_size / 2, top - gap), title, ink, font, anchor="mb")
             if cell is not None:
                 picture = for_display(cell, (cell_size, cell_size))
-                sheet.paste(picture, (x + (cell_size - picture.width) // 2, y + (cell_size - picture.height) // 2))
+                sheet.paste(
+                    picture, (x + (cell_size - picture.width) // 2, y + (cell_size - picture.height) // 2)
+                )
             for i, text in enumerate(captions[r][c].split("\n") if captions else ()):
                 at = (x + cell_size / 2, y + cell_size + gap // 2 + i * line)
                 draw.text(at, _shortened(text, font, cell_size), ink, font, anchor="ma")
@@ -437,7 +442,7 @@ def heatmap_grid(
     Example:
         >>> maps = [[np.eye(4)] * 3] * 2
         >>> heatmap_grid(maps, cell_size=100).size
-        (324, 216)
+        (324, 220)
     """
     rows, columns = len(maps), len(maps[0]) if maps else 0
     for given, wanted, name in ((row_marginals, rows, "row"), (column_marginals, columns, "column")):
@@ -610,7 +615,8 @@ def threshold_curves(
         panels = {name: {f"IoU ≥ {level:g}": by_level[level] for level in levels}}
     else:
         panels = {
-            f"IoU ≥ {level:g}": {name: by_level[level] for name, by_level in curves.items()} for level in levels
+            f"IoU ≥ {level:g}": {name: by_level[level] for name, by_level in curves.items()}
+            for level in levels
         }
     x = [float(threshold) for threshold in thresholds]
     with _plot_style():
@@ -707,7 +713,9 @@ def _rectangle(
     left, top, right, bottom = _inside(box, size_wh)
     rim = max(1, width // 4)
     width = min(width, (min(right - left, bottom - top) + 3) // 4 or 1)  # a small box keeps its inside
-    draw.rectangle((left - rim, top - rim, right + rim, bottom + rim), outline=(0, 0, 0), width=width + 2 * rim)
+    draw.rectangle(
+        (left - rim, top - rim, right + rim, bottom + rim), outline=(0, 0, 0), width=width + 2 * rim
+    )
     draw.rectangle((left, top, right, bottom), outline=color, width=width)
 
 
@@ -723,7 +731,7 @@ def _tag(draw: ImageDraw.ImageDraw, box: NDArray[np.float64], size_wh: tuple[int
 
 
 def _rim(inside: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
-    """Pixels of the foreground within ``width`` steps of the background (beyond the photo counts as foreground)."""
+    """Foreground within ``width`` steps of background; what lies beyond the photo counts as foreground."""
     core = inside.copy()
     for _ in range(width):
         padded = np.pad(core, 1, constant_values=True)
@@ -800,7 +808,7 @@ def _draw_series(
     if all(float(value).is_integer() for value in x):
         axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, min_n_ticks=1))
     if len(set(x)) == 1:
-        axes.set_xlim(x[0] - 1, x[0] + 1)
+        axes.set_xlim(x[0] - 0.5, x[0] + 0.5)
     if legend and len(series) > 1:
         _legend(axes, list(series))
 
@@ -818,7 +826,7 @@ def _legend(axes: Axes, names: Sequence[str], handles: Sequence[Any] | None = No
 def _history_groups(
     history: Sequence[Mapping[str, Any]],
 ) -> tuple[list[float], str, dict[str, dict[str, list[float]]]]:
-    """X values, their name, and the curves by panel: loss, learning rate, metrics, then one per other name."""
+    """X values, their name, and the curves by panel: losses, rate, metrics, then one per other name."""
     names = list(dict.fromkeys(name for row in history for name in row))
     columns = {name: [_number(row.get(name)) for row in history] for name in names}
     x_label = next((name for name in ("epoch", "step") if name in columns), "")
@@ -828,28 +836,31 @@ def _history_groups(
         for name, values in columns.items()
         if name not in ("epoch", "step") and any(isinstance(row.get(name), Real) for row in history)
     }
-    groups: dict[str, dict[str, list[float]]] = {"loss": {}, "learning rate": {}, "metrics": {}}
-    others: dict[str, dict[str, list[float]]] = {}
+    groups: dict[str, dict[str, list[float]]] = {name: {} for name in _PANELS}
     for name, values in numeric.items():
-        known = _history_group(name, values)
-        group = groups[known] if known else others.setdefault(name.rstrip("0123456789").rstrip("_./ "), {})
-        group[name] = values
-    groups = {name: series for name, series in {**groups, **others}.items() if series}
+        groups.setdefault(_panel(name, values), {})[name] = values
+    groups = {name: series for name, series in groups.items() if series}
     if not groups:
         raise ValueError(f"the history of {len(history)} rows holds no numbers to draw")
     return x, x_label or "epoch", groups
 
 
-def _history_group(name: str, values: Iterable[float]) -> str | None:
+_PANELS = ("loss", "learning rate", "metrics", "metrics, %")
+_METRIC_NAME = re.compile(r"acc|(^|[^a-z]|cor)loc|iou|pxap|recall|precision|known|cls|nmi|jaccard|map@")
+
+
+def _panel(name: str, values: Sequence[float]) -> str:
     lowered = name.lower()
+    last = lowered.rsplit("/", 1)[-1]
     if "loss" in lowered:
         return "loss"
-    last = lowered.rsplit("/", 1)[-1]
-    if last.startswith("lr") or "learning_rate" in last:
+    if last.startswith("lr") or "learning" in last:
         return "learning rate"
-    numbered = name[-1:].isdigit() and "_" in name and "@" not in name
-    return "metrics" if not numbered and all(math.isnan(v) or 0 <= v <= 1 for v in values) else None
+    known = [value for value in values if math.isfinite(value)]
+    if _METRIC_NAME.search(lowered) and all(0 <= value <= 100 for value in known):
+        return "metrics" if all(value <= 1 for value in known) else "metrics, %"
+    return name.rstrip("0123456789").rstrip("_./ ") or name  # lambda_1, lambda_2: one panel
 
 
 def _number(value: object) -> float:
-    return float(cast(Real, value)) if isinstance(value, Real) else math.nan
+    return float(value) if isinstance(value, Real) else math.nan

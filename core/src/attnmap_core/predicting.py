@@ -68,7 +68,9 @@ def predict_folder(model: Any, options: PredictOptions, *, command: str) -> str:
             # The annotations need the boxes only; maps of a large folder would not fit in memory.
             kept.append(dataclasses.replace(prediction, score_map=np.zeros((0, 0), np.float32)))
         if not kept:
-            raise InputError(f"{' '.join(options.photos)}: none of {len(photos)} photos could be read; first: {unreadable[0][1]}")
+            raise InputError(
+                f"{' '.join(options.photos)}: none of {len(photos)} photos could be read; first: {unreadable[0][1]}"
+            )
         export_predictions(kept, folder, format=options.format, labels=list(model.labels or []))
         write_json(folder / "predictions.json", [_row(prediction) for prediction in kept])
         title = f"{len(kept)} photos seen by {type(model).__name__}"

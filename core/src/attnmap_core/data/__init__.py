@@ -31,7 +31,17 @@ _MODULES = {
     "split_readable": "images",
 }
 
-__all__ = list(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
+    "ImageData",
+    "Preprocessing",
+    "Sample",
+    "SyntheticSpec",
+    "describe_sources",
+    "list_images",
+    "load_data",
+    "load_image",
+    "split_readable",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -252,11 +252,11 @@ def load_data(
     test_fraction: float = 0.3,
     seed: int = 0,
     split_file: str | Path | None = None,
-    classes: Sequence[str] | None = None,
+    classes: str | Sequence[str] | None = None,
     annotations: str | Path | None = None,
     clip_boxes: bool = False,
     cubv2_boxes: CubV2Boxes = "corners",
-    labels: Sequence[str] | None = None,
+    labels: str | Sequence[str] | None = None,
     cache_dir: str | Path | None = None,
     progress: bool = True,
 ) -> ImageData:
@@ -277,12 +277,13 @@ def load_data(
         seed: of the dealing.
         split_file: JSON ``{"train": [...], "val": [...], "test": [...]}`` of image ids; takes the place of
             all other rules. Images it does not name are left out.
-        classes: keep only images of these classes, which become labels 0, 1, ... in this order.
+        classes: keep only images of these classes, which become labels 0, 1, ... in this order; a list,
+            or one string with commas.
         annotations: boxes that lie elsewhere: a COCO or ``metadata.jsonl`` file for an image folder; an XML
             folder, list or CSV for ``imagenet:``.
         clip_boxes: cut boxes that leave the image by more than a pixel, instead of refusing them.
         cubv2_boxes: how CUBV2 rows are read, see :func:`attnmap_core.data.layouts.wsol.read_lists`.
-        labels: class names of Hub data that do not tell them.
+        labels: class names of Hub data that do not tell them; a list, or one string with commas.
         cache_dir: where the ``datasets`` library puts Hub and parquet data, if not in its usual cache. Other
             sources write nothing.
         progress: show progress bars.
@@ -305,6 +306,9 @@ def load_data(
         seed=seed,
         file=Path(split_file) if split_file else None,
     )
+    # A command line gives one string; taken as a sequence it would be letters.
+    classes = classes.split(",") if isinstance(classes, str) else classes
+    labels = labels.split(",") if isinstance(labels, str) else labels
     scheme, where = _parse(spec)
     _check_fit(
         scheme, split_file=split_file, classes=classes, annotations=annotations, cubv2_boxes=cubv2_boxes
@@ -349,13 +353,9 @@ def records_to_dataset(records: Sequence[Record], labels: Sequence[str]) -> data
         "ignore": [_encoded(record.ignore) for record in records],
     }
     # Arrow converts millions of rows itself; the library would call Python for each value of each.
-    import pyarrow
-
     schema = features.arrow_schema
-    arrays: dict[str, Any] = {
-        name: pyarrow.array(values, type=schema.field(name).type) for name, values in columns.items()
-    }
-    return library.Dataset.from_dict(arrays, features=features)
+    table = schema.empty_table().from_pydict(columns, schema=schema)
+    return library.Dataset.from_dict({name: table[name] for name in columns}, features=features)
 
 
 def _encoded(file: str | bytes | None) -> dict[str, str | bytes | None] | None:

@@ -1071,24 +1071,45 @@ class SyntheticImages:
         }
 
 
+_KEPT_BYTES = 64 * 2**20
+"""Compressed rows that a data set keeps, so that later epochs of a small one are not drawn again."""
+
+
 class _RowsOnAccess:
     """Turns rows of the index table into full rows; a class, so that loader workers can pickle it."""
 
     def __init__(self, spec: SyntheticSpec, split: str) -> None:
         self.spec, self.split = spec, split
+        self._kept: dict[int, dict[str, Any]] = {}
+        self._room = _KEPT_BYTES
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         if "index" not in rows:  # one plain column was asked for, such as dataset["label"]
             return rows
-        scenes = [render(self.spec, self.split, index) for index in rows["index"]]
-        return {
-            "image_id": [scene["image_id"] for scene in scenes],
-            "image": [_png(scene["image"], f"{scene['image_id']}.png") for scene in scenes],
-            "label": [scene["label"] for scene in scenes],
-            "objects": [{"bbox": [[float(side) for side in scene["bbox_xywh"]]]} for scene in scenes],
-            "masks": [[_png(scene["mask"], f"{scene['image_id']}_mask.png")] for scene in scenes],
-            "ignore": [None] * len(scenes),
+        drawn = [self._row(index) for index in rows["index"]]
+        return {name: [row[name] for row in drawn] for name in drawn[0]}
+
+    def _row(self, index: int) -> dict[str, Any]:
+        if index in self._kept:
+            return self._kept[index]
+        scene = render(self.spec, self.split, index)
+        image_id = scene["image_id"]
+        row = {
+            "image_id": image_id,
+            "image": _png(scene["image"], f"{image_id}.png"),
+            "label": scene["label"],
+            "objects": {"bbox": [[float(side) for side in scene["bbox_xywh"]]]},
+            "masks": [_png(scene["mask"], f"{image_id}_mask.png")],
+            "ignore": None,
         }
+        size = len(row["image"]["bytes"]) + len(row["masks"][0]["bytes"])
+        if size <= self._room:
+            self._room -= size
+            self._kept[index] = row
+        return row
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"spec": self.spec, "split": self.split, "_kept": {}, "_room": _KEPT_BYTES}
 
 
 def synthetic_dataset(spec: SyntheticSpec, split: str) -> datasets.Dataset:

@@ -28,7 +28,9 @@ _SPANS = 9  # interval lengths 2^0 ... 2^8
 _jit = numba.njit(cache=True, nogil=True)
 
 
-def best_iou_by_level(values: NDArray[np.uint8], boxes_xyxy: NDArray[np.int64], *, every: bool) -> NDArray[np.float64]:
+def best_iou_by_level(
+    values: NDArray[np.uint8], boxes_xyxy: NDArray[np.int64], *, every: bool
+) -> NDArray[np.float64]:
     """Best IoU at each level t, of the binary maps ``values > t``.
 
     Args:
@@ -125,7 +127,13 @@ def _spread(best: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @_jit
 def _close_outer(
-    box: NDArray[np.int64], first: int, last: int, h: int, w: int, boxes: NDArray[np.int64], best: NDArray[np.float64]
+    box: NDArray[np.int64],
+    first: int,
+    last: int,
+    h: int,
+    w: int,
+    boxes: NDArray[np.int64],
+    best: NDArray[np.float64],
 ) -> None:
     # A contour's box ends one pixel late, except at the frame: the reference evaluator's rule.
     _raise(best, first, last, _iou(box[0], box[1], min(box[2] + 1, w - 1), min(box[3] + 1, h - 1), boxes))
@@ -137,7 +145,9 @@ def _outer_borders(values: NDArray[np.uint8], boxes: NDArray[np.int64], best: ND
     order, starts = _order(values)
     parent = np.full(h * w, -1, np.int64)
     box = np.empty((h * w, 4), np.int64)
-    born = np.empty(h * w, np.int64)  # value at which the region took its present shape: it lives for t < born
+    born = np.empty(
+        h * w, np.int64
+    )  # value at which the region took its present shape: it lives for t < born
     for level in range(_LEVELS - 1, 0, -1):
         for k in range(starts[level], starts[level + 1]):
             i = order[k]
@@ -170,12 +180,21 @@ def _outer_borders(values: NDArray[np.uint8], boxes: NDArray[np.int64], best: ND
 
 @_jit
 def _close_hole(
-    box: NDArray[np.int64], first: int, last: int, h: int, w: int, boxes: NDArray[np.int64], best: NDArray[np.float64]
+    box: NDArray[np.int64],
+    first: int,
+    last: int,
+    h: int,
+    w: int,
+    boxes: NDArray[np.int64],
+    best: NDArray[np.float64],
 ) -> None:
     if box[0] > 0 and box[1] > 0 and box[2] < w - 1 and box[3] < h - 1:
         # The border runs through the pixels around the hole; then one pixel late, as above.
         _raise(
-            best, first, last, _iou(box[0] - 1, box[1] - 1, min(box[2] + 2, w - 1), min(box[3] + 2, h - 1), boxes)
+            best,
+            first,
+            last,
+            _iou(box[0] - 1, box[1] - 1, min(box[2] + 2, w - 1), min(box[3] + 2, h - 1), boxes),
         )
 
 
@@ -256,7 +275,12 @@ def _filled(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 @_jit
 def _offer(
-    key: NDArray[np.int64], held: NDArray[np.int64], first: int, last: int, offered: int, box: NDArray[np.int64]
+    key: NDArray[np.int64],
+    held: NDArray[np.int64],
+    first: int,
+    last: int,
+    offered: int,
+    box: NDArray[np.int64],
 ) -> None:
     """Like :func:`_raise`, by key, and with the box that goes with it."""
     span, length = 0, last - first + 1
@@ -295,7 +319,14 @@ def _largest_borders(values: NDArray[np.uint8], boxes: NDArray[np.int64]) -> NDA
                     if other == root:
                         continue
                     if born[other] != level:
-                        _offer(key, held, level, born[other] - 1, area[other] * h * w + first_pixel[other], box[other])
+                        _offer(
+                            key,
+                            held,
+                            level,
+                            born[other] - 1,
+                            area[other] * h * w + first_pixel[other],
+                            box[other],
+                        )
                         born[other] = level
                     parent[root] = other
                     box[other, 0] = min(box[other, 0], box[root, 0])

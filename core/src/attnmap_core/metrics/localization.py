@@ -26,7 +26,7 @@ from ..boxes import box_iou, boxes_from_score_map, score_map_to_uint8, threshold
 Floats = NDArray[np.float64]
 IOU_THRESHOLDS = (0.3, 0.5, 0.7)
 
-# --- Functions ----------------------------------------------------------------------------------------------------
+# --- Functions ------------------------------------------------------------------------------------------
 
 
 def wsol_thresholds(step: float = 0.01) -> Floats:
@@ -65,15 +65,23 @@ def best_iou_curve(
     """
     from .level_tree import best_iou_by_level
 
-    boxes = np.asarray(gt_boxes_xyxy, dtype=np.int64).reshape(-1, 4)
-    if not len(boxes) or (boxes < 0).any() or (boxes[:, 2:] < boxes[:, :2]).any():
-        raise ValueError(f"expected true boxes xyxy, not negative, x0 <= x1 and y0 <= y1, got {boxes.tolist()}")
+    given = np.asarray(gt_boxes_xyxy).reshape(-1, 4)
+    boxes = given.astype(np.int64)
+    whole = bool((boxes == given).all())
+    if not len(boxes) or not whole or (boxes < 0).any() or (boxes[:, 2:] < boxes[:, :2]).any():
+        raise ValueError(
+            f"expected true boxes xyxy in whole pixels, not negative, x0 <= x1 and y0 <= y1, got {given.tolist()}"
+        )
     values = score_map_to_uint8(score_map)
+    if values.ndim != 2 or not values.size:
+        raise ValueError(f"a score map is (h, w), got {values.shape}")
     by_level = best_iou_by_level(values, boxes, every=contours == "all")
     return by_level[threshold_levels(thresholds, int(values.max(initial=0)))]
 
 
-def max_box_acc(curves: ArrayLike, iou_thresholds: Sequence[float] = IOU_THRESHOLDS) -> tuple[Floats, NDArray[np.int64]]:
+def max_box_acc(
+    curves: ArrayLike, iou_thresholds: Sequence[float] = IOU_THRESHOLDS
+) -> tuple[Floats, NDArray[np.int64]]:
     """Box accuracy at the best threshold, for each IoU level.
 
     Args:
@@ -92,7 +100,8 @@ def max_box_acc(curves: ArrayLike, iou_thresholds: Sequence[float] = IOU_THRESHO
     values = np.asarray(curves)
     if values.ndim != 2 or not values.size:
         raise ValueError(f"curves must be (images, thresholds) and not empty, got {values.shape}")
-    return _best_over_thresholds(np.stack([values >= delta for delta in iou_thresholds], axis=1))
+    # Python numbers take the precision of the curves: 0.7 in float32 is not below a threshold of 0.7.
+    return _best_over_thresholds(np.stack([values >= float(delta) for delta in iou_thresholds], axis=1))
 
 
 def _best_over_thresholds(correct: NDArray[np.bool_]) -> tuple[Floats, NDArray[np.int64]]:
@@ -189,7 +198,7 @@ def combine_masks(
     """One map of object (1), other (0) and ignored (255) pixels in the frame of the score maps.
 
     Args:
-        masks: instance masks at photo size, bool or gray (foreground above half); their union is the object.
+        masks: instance masks at photo size, bool or gray (foreground above 0.5); their union is the object.
         ignore: mask of pixels to leave out, or None; the object wins where both are set.
         size: ``(height, width)``; resized to by nearest neighbour.
     """
@@ -209,8 +218,7 @@ def _nearest(mask: ArrayLike, size: tuple[int, int]) -> NDArray[np.bool_]:
         np.minimum(np.floor(np.arange(new) * (1.0 / (new / old))).astype(int), old - 1)
         for new, old in zip(size, values.shape)
     )
-    picked = values[rows][:, columns]
-    return picked if picked.dtype == bool else picked > (127.5 if picked.max(initial=0) > 1 else 0.5)
+    return values[rows][:, columns] > 0.5
 
 
 def mask_iou_curve(score_map: ArrayLike, mask: ArrayLike, thresholds: ArrayLike) -> Floats:
@@ -224,7 +232,7 @@ def mask_iou_curve(score_map: ArrayLike, mask: ArrayLike, thresholds: ArrayLike)
     return np.divide(above[0][levels], union, out=np.zeros(len(levels)), where=union > 0)
 
 
-# --- Floors: maps and boxes that see nothing ----------------------------------------------------------------------
+# --- Floors: maps and boxes that see nothing ------------------------------------------------------------
 
 
 def centre_prior(size: tuple[int, int] = (224, 224)) -> Floats:
@@ -240,17 +248,19 @@ def centred_box(share: float = 0.8, size: tuple[int, int] = (224, 224)) -> Float
     return (inside[0][:, None] & inside[1][None, :]).astype(np.float64)
 
 
-# --- Protocols ----------------------------------------------------------------------------------------------------
+# --- Protocols ------------------------------------------------------------------------------------------
 
 
 class Protocol:
     """Rows of one number or curve per image, gathered over processes and reduced once.
 
-    ``state()`` of each process goes into ``merged`` of one; rows of the same index count once.
+    ``state()`` of all processes goes into ``merge`` of each; rows of the same index count once.
     """
 
     def __init__(self, thresholds: ArrayLike | None = None) -> None:
-        self.thresholds = wsol_thresholds() if thresholds is None else np.asarray(thresholds, dtype=np.float64)
+        self.thresholds = (
+            wsol_thresholds() if thresholds is None else np.asarray(thresholds, dtype=np.float64)
+        )
         self.rows: dict[int, dict[str, Any]] = {}
 
     def compute(self) -> dict[str, float]:
@@ -319,7 +329,9 @@ class StandardProtocol(Protocol):
             every = best_iou_curve(values, boxes_xyxy, self.thresholds, "all")
             levels = np.array(IOU_THRESHOLDS)[:, None]
             row["largest_right"], row["all_right"] = largest >= levels, every >= levels  # (iou, t)
-            row["largest"] = largest.astype(np.float32)  # to show; what is right was decided in full precision
+            row["largest"] = largest.astype(
+                np.float32
+            )  # to show; what is right was decided in full precision
         if mask is not None:
             row["foreground"], row["background"] = pixel_histograms(score_map, mask, self.thresholds)
             row["mask_iou"] = mask_iou_curve(score_map, mask, self.thresholds).astype(np.float32)
@@ -334,7 +346,10 @@ class StandardProtocol(Protocol):
         result: dict[str, float] = {"images": float(len(self.rows))}
         ranks = self.column("rank")
         if len(ranks):
-            result |= {"top1_cls": float(100.0 * (ranks < 1).mean()), "top5_cls": float(100.0 * (ranks < 5).mean())}
+            result |= {
+                "top1_cls": float(100.0 * (ranks < 1).mean()),
+                "top5_cls": float(100.0 * (ranks < 5).mean()),
+            }
         largest = self.column("largest_right")
         if len(largest):
             single, single_best = _best_over_thresholds(largest)
@@ -394,7 +409,9 @@ class ScmProtocol(Protocol):
             score_maps: ``(k, h, w)`` in ``[0, 1]``, of those classes.
             boxes_xyxy: ``(g, 4)`` true boxes in the frame of the maps.
         """
-        curves = [best_iou_curve(score_map, boxes_xyxy, self.thresholds) for score_map in np.asarray(score_maps)]
+        curves = [
+            best_iou_curve(score_map, boxes_xyxy, self.thresholds) for score_map in np.asarray(score_maps)
+        ]
         named = np.asarray(classes) == label
         right = np.stack(curves) >= np.array(IOU_THRESHOLDS)[:, None, None]  # (iou, k, t)
         self.rows[index] = {

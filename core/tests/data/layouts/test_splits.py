@@ -129,7 +129,7 @@ def test_missing_list_file(animals: Path, tmp_path: Path, refusal) -> None:
 def test_only_some_classes(animals: Path, refusal) -> None:
     dogs = load_data(str(animals), "all", classes=["dog"])
     assert (dogs.labels, len(dogs), set(dogs.targets.tolist())) == (["dog"], 10, {0})
-    turned = load_data(str(animals), "all", classes=["dog", "cat"])
+    turned = load_data(str(animals), "all", classes="dog,cat")
     assert turned.labels[turned[0].label] == "cat"
     assert "no class 'dgo', it has dog" in refusal(str(animals), classes=["dgo"])
     assert "expected each once" in refusal(str(animals), classes=["dog", "dog"])
