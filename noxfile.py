@@ -68,7 +68,7 @@ def types(session: nox.Session) -> None:
     """Check the types with pyright: strict for core, standard for the packages."""
     install_tree(session, *FOLDERS, extras="train,test,trackers,demo")
     session.install(*nox.project.dependency_groups(TOOLS, "types"))
-    session.run("pyright", *session.posargs)
+    session.run("pyright", "--project", str(ROOT / "pyproject.toml"), *session.posargs)
 
 
 @nox.session

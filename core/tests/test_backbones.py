@@ -245,10 +245,19 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes, message: str) 
         read_weights(tmp_path / name)
 
 
+class Trap:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
 def test_nothing_but_tensors_is_unpickled(tmp_path: Path) -> None:
-    torch.save({"model": Path("a")}, tmp_path / "object.pth")
-    with pytest.raises(InputError, match="expected tensors"):
+    torch.save({"model": Trap(tmp_path / "sprung")}, tmp_path / "object.pth")
+    with pytest.raises(InputError, match="more than weights"):
         read_weights(tmp_path / "object.pth")
+    assert not (tmp_path / "sprung").exists()
     torch.save({"model": {"a": 3}}, tmp_path / "number.pth")
     with pytest.raises(InputError, match="holds no state dict"):
         read_weights(tmp_path / "number.pth")
@@ -611,6 +620,7 @@ def test_recording(images: Tensor) -> None:
         assert torch.equal(tap.rows().mean(2).sum(1)[:, 1:], attention)
     model.backbone(images)  # outside of recording()
     assert len(model.tap) == 0
+    assert all(site.query is None for site in model.tap._sites)  # nothing is held either
 
     def record(*actions: Any) -> None:
         with model.tap.recording():

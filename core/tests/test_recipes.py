@@ -217,8 +217,9 @@ def test_training_fields_survive_recipe_and_command_line(tmp_path):
     json.dumps(plain_values(config), allow_nan=False)
     assert tyro.cli(TrainConfig, args=[], default=config) == config
     given = (
-        "--lr 0.5 --betas 0.8 0.9 --clip-grad 1 --ema-decay None --decay-epochs 3 5 --schedule "
-        "cosine --compile --no-deterministic --output-dir o/p --lr-scales head.* 10 --no-decay a b --data-options.n 4"
+        "--lr 0.5 --betas 0.8 0.9 --clip-grad 1 --ema-decay None --decay-epochs 3 5 --schedule cosine "
+        "--compile --no-deterministic --output-dir o/p --lr-scales head.* 10 --no-decay a b "
+        "--data-options.n 4"
     )
     config.lr_scales = {}  # tyro takes new keys where there are none yet, and --field.key value elsewhere
     changed = tyro.cli(TrainConfig, args=shlex.split(given), default=config)

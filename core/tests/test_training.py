@@ -42,6 +42,12 @@ def _on_the_cpu(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(SCRIPTS), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    forced = {"ACCELERATE_USE_CPU": "true"} if torch.accelerator.is_available() else {}
+    return {**os.environ, **forced, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
 def launch(*runs: dict, with_accelerate: bool = False) -> subprocess.CompletedProcess:
     """Two processes on the CPU, started as a user would."""
     with socket.socket() as free:
@@ -60,7 +66,7 @@ def launch(*runs: dict, with_accelerate: bool = False) -> subprocess.CompletedPr
         launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
     return subprocess.run(
         [sys.executable, "-m", *launcher, "-m", "tiny_runs", json.dumps(runs)],
-        env={**os.environ, "PYTHONPATH": str(SCRIPTS), "OMP_NUM_THREADS": "1"},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=400,
@@ -107,7 +113,7 @@ def test_resume_after_kill_equals_uninterrupted_run(tmp_path):
     killed = {"folder": str(tmp_path / "killed"), "config": config, "kill_at": 9, **DEMANDING_NET}
     done = subprocess.run(
         [sys.executable, "-m", "tiny_runs", json.dumps([killed])],
-        env={**os.environ, "PYTHONPATH": str(SCRIPTS)},
+        env=environment(),
         capture_output=True,
     )
     assert done.returncode == -signal.SIGKILL

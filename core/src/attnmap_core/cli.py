@@ -124,10 +124,11 @@ def parse(
         Traceback (most recent call last):
         attnmap_core.errors.InputError: demo: no field --epoch; did you mean --epochs? (demo --help lists all)
     """
+    arguments, entries = _take_entries(options, arguments, command)
     names = {f.name.replace("_", "-") for f in dataclasses.fields(cast(Any, options))}
     names |= {f"no-{name}" for name in names} | {"help"}
     for argument in arguments:
-        given = argument[2:].split("=")[0].split(".")[0].replace("_", "-")
+        given = argument[2:].split("=")[0].replace("_", "-")
         if argument.startswith("--") and given not in names:
             hint = _did_you_mean(given, names, "--")
             raise InputError(f"{command}: no field --{given}; {hint} ({command} --help lists all)")
@@ -135,13 +136,44 @@ def parse(
     try:
         # tyro explains a bad value in a framed box; the one line that every other error has is made of it.
         with contextlib.redirect_stderr(said):
-            return cast(Options, tyro.cli(options, args=list(arguments), default=default, prog=command))
+            parsed = cast(Any, tyro.cli(options, args=arguments, default=default, prog=command))
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         words = " ".join(said.getvalue().translate({ord(c): " " for c in "╭╮╰╯─│"}).split())
         words = words.removeprefix("Parsing error").removeprefix("Required options").strip()
         raise InputError(f"{command}: {words}") from None
+    merged = {name: {**getattr(parsed, name), **values} for name, values in entries.items()}
+    return cast(Options, dataclasses.replace(parsed, **merged) if merged else parsed)
+
+
+def _take_entries(
+    options: type[Any], arguments: Sequence[str], command: str
+) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """Split ``--field.key value``, an entry of the mapping ``field``, from what tyro is to read."""
+    mappings = {f.name for f in dataclasses.fields(cast(Any, options)) if "dict[" in str(f.type)}
+    entries: dict[str, dict[str, Any]] = {}
+    rest: list[str] = []
+    queue = iter(arguments)
+    for argument in queue:
+        name, dot, key = argument.partition("=")[0].removeprefix("--").replace("-", "_").partition(".")
+        if not (argument.startswith("--") and dot and name in mappings):
+            rest.append(argument)
+            continue
+        value = argument.partition("=")[2] if "=" in argument else next(queue, None)
+        if value is None:
+            raise InputError(f"{command}: {argument} needs a value after it")
+        entries.setdefault(name, {})[key] = _plain(value)
+    return rest, entries
+
+
+def _plain(text: str) -> bool | int | float | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 # --- train ----------------------------------------------------------------------------------------------

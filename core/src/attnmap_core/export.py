@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Literal
@@ -30,7 +31,8 @@ def export_predictions(
     format    files
     ========  =====================================================================================================
     ``coco``  ``annotations.json``: images, categories and annotations; ``bbox`` is xywh in pixels, ``score`` added
-    ``yolo``  ``labels/<name>.txt``: class, centre and size as shares of the photo; ``data.yaml`` names the classes
+    ``yolo``  ``labels/<name>.txt``: class, centre and size as shares of the photo; ``data.yaml`` names the classes,
+              ``photos.csv`` the photo of each file
     ``voc``   ``annotations/<name>.xml``: integer pixels, counted from 1, both ends inclusive
     ``csv``   ``boxes.csv``: one row a box, xyxy in pixels, end exclusive
     ========  =====================================================================================================
@@ -97,6 +99,9 @@ def _yolo(predictions: list[Prediction], folder: Path, labels: list[str]) -> lis
         lines = [f"{p.label} " + " ".join(f"{v:.6f}" for v in box) + "\n" for box in centred.tolist()]
         written.append(folder / "labels" / f"{stem}.txt")
         write_text(written[-1], "".join(lines))
+    written.append(folder / "photos.csv")
+    photos = ([path.name, p.source] for path, p in zip(written, predictions))
+    write_text(written[-1], _csv_text(["labels", "photo"], photos))
     # JSON strings are YAML strings, whatever characters a class name has.
     names = "".join(f"  {i}: {json.dumps(name, ensure_ascii=False)}\n" for i, name in enumerate(labels))
     written.append(folder / "data.yaml")
@@ -128,19 +133,26 @@ def _voc(predictions: list[Prediction], folder: Path, labels: list[str]) -> list
 
 
 def _csv(predictions: list[Prediction], folder: Path, labels: list[str]) -> list[Path]:
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["source", "width", "height", "label", "probability", "x0", "y0", "x1", "y1", "score"])
+    header = ["source", "width", "height", "label", "probability", "x0", "y0", "x1", "y1", "score"]
+    rows: list[list[object]] = []
     for p in predictions:
         head = [p.source, p.width, p.height, labels[p.label], f"{p.probability:.6f}"]
         boxes = p.boxes_xyxy.reshape(-1, 4).tolist()
         for box, score in zip(boxes, p.box_scores.tolist()):
-            rows.writerow([*head, *(f"{v:.2f}" for v in box), f"{score:.4f}"])
+            rows.append([*head, *(f"{v:.2f}" for v in box), f"{score:.4f}"])
         if not boxes:
-            rows.writerow([*head, "", "", "", "", ""])
+            rows.append([*head, "", "", "", "", ""])
     path = folder / "boxes.csv"
-    write_text(path, text.getvalue())
+    write_text(path, _csv_text(header, rows))
     return [path]
+
+
+def _csv_text(header: list[str], rows: Iterable[Sequence[object]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _one_based(p: Prediction) -> NDArray[np.int64]:
@@ -168,4 +180,4 @@ def _stems(predictions: list[Prediction]) -> list[str]:
 
 def _element(parent: ElementTree.Element, tag: str, value: object) -> None:
     # XML has no way to say control characters.
-    ElementTree.SubElement(parent, tag).text = "".join(c for c in str(value) if c.isprintable())
+    ElementTree.SubElement(parent, tag).text = re.sub("[\x00-\x08\x0b-\x1f\ufffe\uffff]", "", str(value))

@@ -15,6 +15,8 @@ from typing import Any
 from .errors import InputError
 
 _OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# No permission, a file where a folder should be, or a mount point, which cannot be swapped.
+_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EBUSY, errno.EXDEV}
 
 
 @contextmanager
@@ -27,7 +29,7 @@ def _explained(target: Path) -> Generator[None]:
                 f"{target}: no space left to write it ({os.strerror(error.errno or 0)}); nothing was replaced; "
                 "free some space or choose another output folder"
             ) from error
-        if isinstance(error, (PermissionError, NotADirectoryError)) or error.errno == errno.EROFS:
+        if error.errno in _NOT_WRITABLE:
             raise InputError(
                 f"{target}: cannot be written ({os.strerror(error.errno or 0)}); choose another output folder"
             ) from error
@@ -86,7 +88,11 @@ def atomic_folder(path: str | Path) -> Generator[Path]:
             temporary.chmod(0o777 & ~_umask())
             if path.exists():
                 retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:40]}-old-"))
-                path.replace(retired / path.name)
+                try:
+                    path.replace(retired / path.name)
+                except OSError:
+                    retired.rmdir()
+                    raise
                 temporary.replace(path)
                 shutil.rmtree(retired)
             else:
@@ -98,9 +104,12 @@ def atomic_folder(path: str | Path) -> Generator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write ``text`` (UTF-8) atomically; errors as in :func:`atomic_file`."""
+    """Write ``text`` (UTF-8) atomically; errors as in :func:`atomic_file`.
+
+    A file name that is not Unicode, as Python holds it, is written with a backslash, as JSON would.
+    """
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -139,7 +148,9 @@ def new_output_folder(path: str | Path, *, resume: bool = False, overwrite: bool
                 f"{path}: output folder exists and is not empty; pass --resume to go on, --overwrite to replace it, "
                 "or choose another"
             )
-        shutil.rmtree(path)
+        with _explained(path):
+            for inside in path.iterdir():  # not the folder itself, which may be a link or a mount point
+                shutil.rmtree(inside) if inside.is_dir() and not inside.is_symlink() else inside.unlink()
     with _explained(path):
         path.mkdir(parents=True, exist_ok=True)
     return path

@@ -157,9 +157,9 @@ def draw_boxes(
         _rectangle(draw, box, picture.size, TRUTH_COLOR, round(1.7 * width))
     for box in predicted:
         _rectangle(draw, box, picture.size, PREDICTION_COLOR, width)
-    for box, tag in zip(predicted, tags):
-        if tag:
-            _tag(draw, box, picture.size, tag)
+    for box, (words, number) in zip(predicted, tags):
+        if words or number:
+            _tag(draw, box, picture.size, words, number)
     return picture
 
 
@@ -294,13 +294,13 @@ def contact_sheet(
     tile_size: int = 240,
     background: Color = (255, 255, 255),
 ) -> Image.Image:
-    """Arrange pictures in rows, each fitted into a square with its caption below.
+    """Arrange pictures in rows, each with its caption below.
 
     Args:
         tiles: the pictures, at least one.
         captions: one text per tile; line breaks are kept, lines too long for the tile end in "…".
         columns: tiles in a row.
-        tile_size: side of the square in pixels.
+        tile_size: longest side of each picture on the sheet, in pixels.
         background: RGB of the sheet.
 
     Returns:
@@ -311,7 +311,7 @@ def contact_sheet(
 
     Example:
         >>> contact_sheet([Image.new("RGB", (30, 20))] * 5, columns=3, tile_size=100).size
-        (324, 220)
+        (324, 154)
     """
     if not tiles or columns < 1:
         raise ValueError(f"a contact sheet needs tiles and columns, got {len(tiles)} and {columns}")
@@ -342,11 +342,11 @@ def picture_grid(
     """A titled table of pictures, such as methods by photos.
 
     Args:
-        cells: rows of pictures of any size, each fitted into a square; None leaves the square empty.
+        cells: rows of pictures of any size; None leaves the place empty.
         row_titles: texts at the left.
         column_titles: texts on top.
         captions: texts below the cells, rows as in ``cells``.
-        cell_size: side of the squares in pixels.
+        cell_size: longest side of each picture in the table, in pixels.
         margin_after: number of first rows and first columns set apart from the rest by a wider gap.
         background: RGB of the sheet.
 
@@ -370,40 +370,45 @@ def picture_grid(
         if titles is not None and len(titles) != wanted:
             raise ValueError(f"{len(titles)} {name} titles do not fit {wanted} {name}s")
 
+    fitted = [
+        [None if cell is None else for_display(cell, (cell_size, cell_size)) for cell in row] for row in cells
+    ]
+    heights = [max((p.height for p in row if p is not None), default=cell_size) for row in fitted]
     gap = max(4, cell_size // 30)
     font = _font(max(11, cell_size // 14))
     line = math.ceil(1.3 * font.size)
     pad = 2 * gap
     text_lines = max((text.count("\n") + 1 for row in captions or () for text in row), default=0)
+    text_height = text_lines * line + gap if text_lines else 0
     left = pad + (max(math.ceil(font.getlength(title)) for title in row_titles) + pad if row_titles else 0)
     top = pad + (line + gap if column_titles else 0)
-    tall = cell_size + gap + (text_lines * line + gap // 2 if text_lines else 0)
     apart_rows, apart_columns = (3 * gap if count else 0 for count in margin_after)
     size = (
         left + columns * (cell_size + gap) - gap + apart_columns + pad,
-        top + rows * tall - gap + apart_rows + pad,
+        top + sum(heights) + rows * (text_height + gap) - gap + apart_rows + pad,
     )
     ink: Color = (34, 38, 44) if sum(background) > 380 else (236, 238, 241)
     sheet = Image.new("RGB", size, background)
     draw = ImageDraw.Draw(sheet)
 
-    for r, row in enumerate(cells):
-        y = top + r * tall + (apart_rows if r >= margin_after[0] else 0)
+    y = top
+    for r, (row, height) in enumerate(zip(fitted, heights)):
+        y += apart_rows if r == margin_after[0] else 0
         if row_titles:
-            draw.text((pad, y + cell_size / 2), row_titles[r], ink, font, anchor="lm")
-        for c, cell in enumerate(row):
+            draw.text((pad, y + height / 2), row_titles[r], ink, font, anchor="lm")
+        for c, picture in enumerate(row):
             x = left + c * (cell_size + gap) + (apart_columns if c >= margin_after[1] else 0)
             if r == 0 and column_titles:
                 title = _shortened(column_titles[c], font, cell_size + gap)
-                draw.text((x + cell_size / 2, top - gap), title, ink, font, anchor="mb")
-            if cell is not None:
-                picture = for_display(cell, (cell_size, cell_size))
+                draw.text((x + cell_size / 2, top - 1.5 * gap), title, ink, font, anchor="ms")
+            if picture is not None:
                 sheet.paste(
-                    picture, (x + (cell_size - picture.width) // 2, y + (cell_size - picture.height) // 2)
+                    picture, (x + (cell_size - picture.width) // 2, y + (height - picture.height) // 2)
                 )
             for i, text in enumerate(captions[r][c].split("\n") if captions else ()):
-                at = (x + cell_size / 2, y + cell_size + gap // 2 + i * line)
+                at = (x + cell_size / 2, y + height + gap // 2 + i * line)
                 draw.text(at, _shortened(text, font, cell_size), ink, font, anchor="ma")
+        y += height + text_height + gap
     return sheet
 
 
@@ -430,7 +435,7 @@ def heatmap_grid(
         image: photo to lay every map over; None shows the colours alone.
         captions: texts below the cells of ``maps``, for instance an IoU.
         colormap: name of a matplotlib colour map.
-        cell_size: side of a cell in pixels.
+        cell_size: longest side of each map in the table, in pixels.
 
     Returns:
         An RGB picture.
@@ -486,7 +491,7 @@ def training_curves(history: Sequence[Mapping[str, Any]], title: str = "") -> Fi
 
     Args:
         history: one mapping per epoch, as the training loop writes it. ``epoch`` (or ``step``) gives the
-            x axis, every other number a curve; what is missing, None or NaN leaves a gap.
+            x axis, every other number a curve, which passes over epochs without a value and has a gap at NaN.
         title: above the figure.
 
     Raises:
@@ -499,11 +504,13 @@ def training_curves(history: Sequence[Mapping[str, Any]], title: str = "") -> Fi
     """
     x, x_label, groups = _history_groups(history)
     with _plot_style():
-        figure = _figure(4.6 * len(groups), 3.6)
+        columns = min(len(groups), 3)
+        rows = math.ceil(len(groups) / columns)
+        figure = _figure(4.6 * columns, 3.6 * rows)
         if title:
             figure.suptitle(title)
-        panels = figure.subplots(1, len(groups), squeeze=False)[0]
-        for axes, (name, series) in zip(panels, groups.items()):
+        for i, (name, series) in enumerate(groups.items(), start=1):
+            axes = figure.add_subplot(rows, columns, i)
             _draw_series(axes, x, series, x_label=x_label, title=name)
     return figure
 
@@ -572,8 +579,6 @@ def line_plot(
             axes, positions, series, x_label=x_label, y_label=y_label, title=title, errors=errors,
             legend=not twin,
         )  # fmt: skip
-        if named:
-            axes.set_xticks(positions, [str(value) for value in x])
         if twin:
             right = axes.twinx()
             _draw_series(
@@ -584,6 +589,8 @@ def line_plot(
             right.spines["right"].set_visible(True)
             handles = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
             _legend(axes, [*series, *twin], handles)
+        if named:  # last: twin axes share their ticks
+            axes.set_xticks(positions, [str(value) for value in x])
     return figure
 
 
@@ -610,12 +617,18 @@ def threshold_curves(
     levels = list(next(iter(curves.values()), {}))
     if not levels or any(list(by_level) != levels for by_level in curves.values()):
         raise ValueError("curves must hold the same IoU levels, at least one, for every method")
-    if len(curves) == 1:
-        ((name, by_level),) = curves.items()
-        panels = {name: {f"IoU ≥ {level:g}": by_level[level] for level in levels}}
+    shares = {
+        name: {level: np.asarray(values, np.float64) for level, values in by_level.items()}
+        for name, by_level in curves.items()
+    }
+    if len(shares) == 1:
+        panels = {
+            name: {f"IoU ≥ {level:g}": share for level, share in by_level.items()}
+            for name, by_level in shares.items()
+        }
     else:
         panels = {
-            f"IoU ≥ {level:g}": {name: by_level[level] for name, by_level in curves.items()}
+            f"IoU ≥ {level:g}": {name: by_level[level] for name, by_level in shares.items()}
             for level in levels
         }
     x = [float(threshold) for threshold in thresholds]
@@ -624,8 +637,7 @@ def threshold_curves(
         axes_row = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
         for axes, (title, lines) in zip(axes_row, panels.items()):
             _draw_series(axes, x, lines, x_label="threshold τ", title=title, markers=False)
-            for i, values in enumerate(lines.values()):
-                share = np.asarray(values, np.float64)
+            for i, share in enumerate(lines.values()):
                 if np.isfinite(share).any():
                     best = int(np.nanargmax(share))
                     axes.plot(x[best], share[best], "o", color=_color(i))
@@ -690,13 +702,14 @@ def _boxes(boxes_xyxy: ArrayLike | None, name: str) -> NDArray[np.float64]:
 
 def _tags(
     count: int, scores: Sequence[float] | NDArray[np.floating] | None, labels: Sequence[str] | None
-) -> list[str]:
+) -> list[tuple[str, str]]:
+    """Words and number written on each predicted box."""
     for given, name in ((scores, "scores"), (labels, "labels")):
         if given is not None and len(given) != count:
             raise ValueError(f"{len(given)} {name} do not fit {count} predicted boxes")
     words = [""] * count if labels is None else list(labels)
     numbers = [""] * count if scores is None else ["–" if math.isnan(s) else f"{s:.2f}" for s in scores]
-    return [" ".join(part for part in pair if part) for pair in zip(words, numbers)]
+    return list(zip(words, numbers))
 
 
 def _inside(box: NDArray[np.float64], size_wh: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -719,10 +732,13 @@ def _rectangle(
     draw.rectangle((left, top, right, bottom), outline=color, width=width)
 
 
-def _tag(draw: ImageDraw.ImageDraw, box: NDArray[np.float64], size_wh: tuple[int, int], text: str) -> None:
+def _tag(
+    draw: ImageDraw.ImageDraw, box: NDArray[np.float64], size_wh: tuple[int, int], words: str, number: str
+) -> None:
     left, top, _, _ = _inside(box, size_wh)
     font = _font(max(11, round(0.75 * math.sqrt(max(size_wh)))))
-    text = _shortened(text, font, size_wh[0] - 6)
+    ending = f" {number}" if words and number else number
+    text = _shortened(words, font, size_wh[0] - 6 - font.getlength(ending)) + ending
     width, height = math.ceil(font.getlength(text)) + 6, math.ceil(1.35 * font.size)
     x = max(0, min(left, size_wh[0] - width))
     y = top - height if top >= height else top  # no room above: write inside the box
@@ -776,7 +792,7 @@ def _color(index: int) -> str:
 def _draw_series(
     axes: Axes,
     x: Sequence[float],
-    series: Mapping[str, ArrayLike],
+    series: Mapping[str, Sequence[float | None] | NDArray[np.float64]],
     *,
     x_label: str = "",
     y_label: str = "",
@@ -792,16 +808,18 @@ def _draw_series(
     if markers is None:
         markers = len(x) <= 40
     for i, (name, values) in enumerate(series.items(), start=first_color):
-        y = np.asarray(values, np.float64)
-        if y.shape != (len(x),):
-            raise ValueError(f"series {name!r} has shape {y.shape}, expected ({len(x)},) as x")
+        if len(values) != len(x):
+            raise ValueError(f"series {name!r} has {len(values)} values, expected {len(x)} as x")
+        here = [position for position, value in zip(x, values) if value is not None]
+        y = np.asarray([value for value in values if value is not None], np.float64)
         style = line_style or _LINE_STYLES[i // len(_PLOT_COLORS) % len(_LINE_STYLES)]
         label = name if np.isfinite(y).any() else f"{name} (–)"
         bars = (errors or {}).get(name)
         axes.errorbar(
-            x, y, yerr=bars, label=label, color=_color(i), linestyle=style, marker="o" if markers else "",
+            here, y, yerr=bars, label=label, color=_color(i), linestyle=style, marker="o" if markers else "",
             capsize=3,
         )  # fmt: skip
+    axes.ticklabel_format(axis="y", scilimits=(-3, 5), useOffset=False)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.set_title(title)
@@ -825,18 +843,19 @@ def _legend(axes: Axes, names: Sequence[str], handles: Sequence[Any] | None = No
 
 def _history_groups(
     history: Sequence[Mapping[str, Any]],
-) -> tuple[list[float], str, dict[str, dict[str, list[float]]]]:
+) -> tuple[list[float], str, dict[str, dict[str, list[float | None]]]]:
     """X values, their name, and the curves by panel: losses, rate, metrics, then one per other name."""
     names = list(dict.fromkeys(name for row in history for name in row))
     columns = {name: [_number(row.get(name)) for row in history] for name in names}
     x_label = next((name for name in ("epoch", "step") if name in columns), "")
-    x = columns[x_label] if x_label else [float(i) for i in range(1, len(history) + 1)]
+    positions = columns[x_label] if x_label else range(1, len(history) + 1)
+    x = [math.nan if position is None else float(position) for position in positions]
     numeric = {
         name: values
         for name, values in columns.items()
         if name not in ("epoch", "step") and any(isinstance(row.get(name), Real) for row in history)
     }
-    groups: dict[str, dict[str, list[float]]] = {name: {} for name in _PANELS}
+    groups: dict[str, dict[str, list[float | None]]] = {name: {} for name in _PANELS}
     for name, values in numeric.items():
         groups.setdefault(_panel(name, values), {})[name] = values
     groups = {name: series for name, series in groups.items() if series}
@@ -849,18 +868,18 @@ _PANELS = ("loss", "learning rate", "metrics", "metrics, %")
 _METRIC_NAME = re.compile(r"acc|(^|[^a-z]|cor)loc|iou|pxap|recall|precision|known|cls|nmi|jaccard|map@")
 
 
-def _panel(name: str, values: Sequence[float]) -> str:
+def _panel(name: str, values: Sequence[float | None]) -> str:
     lowered = name.lower()
     last = lowered.rsplit("/", 1)[-1]
     if "loss" in lowered:
         return "loss"
     if last.startswith("lr") or "learning" in last:
         return "learning rate"
-    known = [value for value in values if math.isfinite(value)]
+    known = [value for value in values if value is not None and math.isfinite(value)]
     if _METRIC_NAME.search(lowered) and all(0 <= value <= 100 for value in known):
         return "metrics" if all(value <= 1 for value in known) else "metrics, %"
     return name.rstrip("0123456789").rstrip("_./ ") or name  # lambda_1, lambda_2: one panel
 
 
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, Real) else math.nan
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, Real) else None

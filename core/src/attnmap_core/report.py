@@ -327,17 +327,14 @@ class PredictionReport:
         note = "The number is the confidence in the class. Click a picture to enlarge it."
         if self.left_out:
             half = (self.most + 1) // 2
+            most, least = self.tiles[:half], self.tiles[half:][::-1]
             galleries = [
-                Gallery(
-                    title="Most confident", tiles=self.tiles[:half], note=note, left_out=photos - half
-                ),
-                Gallery(
-                    title="Least confident", tiles=self.tiles[half:], left_out=photos - (self.most - half)
-                ),
-            ]  # fmt: skip
+                Gallery(title="Most confident", tiles=most, note=note, left_out=self.left_out),
+                Gallery(title="Least confident", tiles=least),
+            ]
         else:
             galleries = [Gallery(title="Photos", tiles=self.tiles, note=f"Most confident first. {note}")]
-        skipped = [f"{name}: {reason}" for name, reason in unreadable]
+        skipped = [reason if reason.startswith(name) else f"{name}: {reason}" for name, reason in unreadable]
         report = Report(
             title=title,
             summary=f"{_count(photos, 'photo')}, {_count(self.boxes, 'box', 'boxes')}, "
@@ -416,9 +413,13 @@ def _list(lines: Sequence[str]) -> str:
 
 def _meta(facts: Mapping[str, Any]) -> str:
     """The facts that tell one run from another, in one line under the title."""
-    shown = [f"{name} {_text(facts[name])}" for name in ("seed", "date") if name in facts]
+    shown: list[str] = []
+    if "date" in facts:
+        shown.append(_text(str(facts["date"]).replace("T", " ").replace("+00:00", " UTC")))
     if "commit" in facts:
-        shown.insert(0, f"commit {_text(str(facts['commit'])[:8])}")
+        shown.append(f"commit {_text(str(facts['commit'])[:8])}")
+    if "seed" in facts:
+        shown.append(f"seed {_text(facts['seed'])}")
     return f'<p class="meta">{" · ".join(shown)}</p>' if shown else ""
 
 

@@ -3,9 +3,7 @@
 A run folder gets ``history.jsonl`` (one line per log and per epoch), ``checkpoints/``, ``model/`` (the last
 weights) and, where a metric selects, ``best/``. Interrupted at any moment, also by ``kill -9``, and resumed
 with the same number of processes, a run ends with the same weights and numbers, bit for bit, as one never
-stopped. (On CPUs, and on GPUs as far as their kernels repeat themselves; with three or more processes also
-set ``find_unused_parameters``, which keeps the layout of the gradient exchange from changing after its first
-step.)
+stopped (on a CPU; on other devices as far as their kernels repeat themselves).
 """
 
 from __future__ import annotations
@@ -151,7 +149,7 @@ class TrainConfig:
     threads: int = 0
     """CPU threads of a training process; 0 leaves PyTorch's choice."""
     deterministic: bool = True
-    """Choose kernels that give the same bits every time, where there are such."""
+    """Choose what gives the same bits every time, where there is such a choice."""
 
     save_every: int = 0
     """Optimizer steps between checkpoints; 0 saves at the end of each epoch only."""
@@ -200,6 +198,14 @@ class Task(Protocol):
 
     A task may also have ``param_groups(model, config)``, which returns optimizer groups with plain values
     (``params``, ``weight_decay``, ``lr_scale``) and replaces :func:`param_groups`.
+
+    Example:
+        >>> def classify(model, batch):
+        ...     logits = model(batch["images"])
+        ...     return {"loss": nn.functional.cross_entropy(logits, batch["labels"])}
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+        >>> list(classify(model, {"images": torch.zeros(2, 3, 2, 2), "labels": torch.tensor([4, 0])}))
+        ['loss']
     """
 
     def __call__(self, model: nn.Module, batch: Batch, /) -> dict[str, Tensor]:
@@ -281,7 +287,7 @@ def train(
         model: with initial or pretrained weights, the same in every process.
         data: training samples with their transform.
         config: the settings.
-        run_dir: the run folder; made where missing.
+        run_dir: the run folder; made where missing. Several machines need it on a disk that they share.
         evaluate: ``evaluate(model, accelerator)`` gives metrics by name. It runs in every process with the
             model in eval mode, without distributed wrapper. What it draws from random generators does not
             matter.
@@ -394,6 +400,13 @@ def timm_schedule(
 
     Raises:
         InputError: if it should change at every step of a stream, whose length is not known.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+        >>> schedule = timm_schedule(optimizer, TrainConfig(lr=0.1, epochs=4, schedule="cosine"), None)
+        >>> schedule.step(2)
+        >>> round(optimizer.param_groups[0]["lr"], 6)
+        0.05
     """
     from timm.scheduler import create_scheduler_v2
 
@@ -500,6 +513,10 @@ def start_accelerator(config: TrainConfig, run_dir: str | Path) -> Accelerator:
             )
     if config.mixed_precision == "fp16" and str(state.device) == "cpu":
         raise InputError("mixed_precision fp16: needs a GPU and this run is on the CPU; use bf16 or no")
+    # DistributedDataParallel lays out its gradient buckets anew after the first step, unless it looks for
+    # unused parameters. Sums of three or more numbers depend on the layout, and a resumed run has a first
+    # step again.
+    find_unused = config.find_unused_parameters or (config.deterministic and state.num_processes > 2)
     # Accelerate keeps one precision per process; a second run in it may ask for another.
     shared: Any = accelerate.state.AcceleratorState
     if shared._shared_state and shared().mixed_precision != config.mixed_precision:
@@ -511,9 +528,7 @@ def start_accelerator(config: TrainConfig, run_dir: str | Path) -> Accelerator:
             gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(num_steps=1),
             log_with=None if config.tracker == "none" else config.tracker,
             project_dir=str(run_dir),
-            kwargs_handlers=[
-                accelerate.DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)
-            ],
+            kwargs_handlers=[accelerate.DistributedDataParallelKwargs(find_unused_parameters=find_unused)],
         )
     except ValueError as error:
         raise InputError(f"mixed_precision {config.mixed_precision}: {str(error).splitlines()[0]}") from None

@@ -6,6 +6,7 @@ directly.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,7 +20,6 @@ from attnmap_core.data.loaders import SampleDataset, eval_loader, gather_samples
 from attnmap_core.training import TrainConfig, start_processes, train
 from PIL import Image
 from safetensors.torch import save_model
-from timm.layers import DropPath
 from torch import nn
 from torch.nn import functional
 
@@ -54,7 +54,7 @@ def augment(image: Image.Image) -> torch.Tensor:
 
 
 class Net(nn.Module):
-    """Convolution, optional batch norm, and a residual branch with dropout and stochastic depth."""
+    """Convolution, a norm, and a residual branch with dropout and stochastic depth."""
 
     def __init__(self, drop: float, batch_norm: bool) -> None:
         super().__init__()
@@ -62,24 +62,33 @@ class Net(nn.Module):
         self.conv = nn.Conv2d(3, 6, 3, stride=2)
         self.norm = nn.BatchNorm2d(6) if batch_norm else nn.GroupNorm(2, 6)
         self.branch = nn.Linear(6, 6)
-        self.drop, self.drop_path = nn.Dropout(drop), DropPath(drop)
+        self.drop = nn.Dropout(drop)
         self.head = nn.Linear(6, CLASSES)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.norm(self.conv(images)).relu().mean(dim=(2, 3))
-        return self.head(x + self.drop_path(self.drop(self.branch(x).relu())))
+        branch = self.drop(self.branch(x).relu())
+        if self.training and self.drop.p > 0:
+            branch = branch * (torch.rand(len(x), 1, device=x.device) > self.drop.p)
+        return self.head(x + branch)
+
+
+class Stopped(Exception):
+    """A run that ends early in a process that goes on."""
 
 
 class Classify:
-    """Cross-entropy; ``kill_at`` ends the process like ``kill -9`` at that call."""
+    """Cross-entropy. At call ``kill_at`` the process ends like by ``kill -9``, at ``stop_at`` only the run."""
 
-    def __init__(self, kill_at: int | None = None) -> None:
-        self.calls, self.kill_at = 0, kill_at
+    def __init__(self, kill_at: int | None = None, stop_at: int | None = None) -> None:
+        self.calls, self.kill_at, self.stop_at = 0, kill_at, stop_at
 
     def __call__(self, model: nn.Module, batch: dict) -> dict:
         self.calls += 1
         if self.calls == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.calls == self.stop_at:
+            raise Stopped
         logits = model(batch["images"])
         hits = (logits.argmax(dim=1) == batch["labels"]).float()
         return {"loss": functional.cross_entropy(logits, batch["labels"]), "accuracy": hits.mean()}
@@ -108,6 +117,7 @@ def run(
     *,
     resume: bool = False,
     kill_at: int | None = None,
+    stop_at: int | None = None,
     drop: float = 0.0,
     batch_norm: bool = False,
     task=None,
@@ -119,7 +129,7 @@ def run(
     settings = TrainConfig(**{**plain, **config})
     model = Net(drop, batch_norm)
     result = train(
-        task or Classify(kill_at),
+        task or Classify(kill_at, stop_at),
         model,
         SampleDataset(Pictures(TRAIN_IMAGES), augment, seed=settings.seed),
         settings,
@@ -139,7 +149,8 @@ def run(
 if __name__ == "__main__":
     start_processes()
     for one in json.loads(sys.argv[1]):
-        run(one.pop("folder"), one.pop("config"), **one)
+        with contextlib.suppress(Stopped):
+            run(one.pop("folder"), one.pop("config"), **one)
     from accelerate import PartialState
 
     PartialState().destroy_process_group()

@@ -7,6 +7,7 @@ opens no photo, and nothing keeps decoded ones.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -338,6 +339,18 @@ def load_data(
     if not streaming and scheme != "synthetic":  # there classes are kept from a split on purpose
         _check_classes(data)
     return data
+
+
+def check_data_options(options: Mapping[str, Any]) -> None:
+    """Refuse options that :func:`load_data` does not have.
+
+    Raises:
+        InputError: naming the option and those that there are.
+    """
+    known = list(inspect.signature(load_data).parameters)[2:]
+    for name in options:
+        if name not in known:
+            raise InputError(f"data option {name}: unknown; expected one of {', '.join(known)}")
 
 
 def records_to_dataset(records: Sequence[Record], labels: Sequence[str]) -> datasets.Dataset:

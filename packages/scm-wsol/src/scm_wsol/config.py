@@ -43,6 +43,11 @@ class ScmConfig(TrainConfig):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Per-channel standard deviation, likewise."""
 
+    skip_unreadable: bool = False
+    """Decode every photo once before the run; list and leave out those that cannot be read."""
+    clip_boxes: bool = False
+    """Cut boxes that leave their photo, instead of stopping at the first."""
+
     iterations: tuple[int, ...] = (4,)
     """Newton-Schulz iterations p of each block; one number stands for all blocks."""
     calibration_blocks: int = 4
@@ -88,6 +93,11 @@ class ScmConfig(TrainConfig):
             raise InputError(
                 f"iterations {list(self.iterations)}: expected 1 or {self.calibration_blocks} numbers (calibration_blocks)"
             )
+
+    def source_options(self) -> dict[str, Any]:
+        """What :func:`attnmap_core.data.sources.load_data` takes besides source and split."""
+        flags = {"skip_unreadable": self.skip_unreadable, "clip_boxes": self.clip_boxes}
+        return {**self.data_options, **{name: True for name, given in flags.items() if given}}
 
     def calibration_options(self) -> dict[str, Any]:
         """The fields that :class:`scm_wsol.SpatialCalibration` takes."""

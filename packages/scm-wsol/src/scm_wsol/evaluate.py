@@ -14,7 +14,7 @@ import tyro
 from attnmap_core import cli
 from attnmap_core.boxes import resize_boxes, upsample_score_map
 from attnmap_core.data.loaders import SampleDataset, StreamDataset, eval_loader, gather_objects
-from attnmap_core.data.sources import ImageData, load_data
+from attnmap_core.data.sources import ImageData, check_data_options, load_data
 from attnmap_core.data.transforms import eval_transform
 from attnmap_core.errors import InputError
 from attnmap_core.files import write_json
@@ -235,14 +235,18 @@ class EvaluateOptions:
     """Data source; ``scm-wsol list`` shows what it may be."""
     data_options: dict[str, bool | int | float | str] = field(default_factory=dict[str, bool | int | float | str])
     """Options of the data source, such as split_file."""
+    skip_unreadable: bool = False
+    """List and leave out photos that cannot be read."""
+    clip_boxes: bool = False
+    """Cut boxes that leave their photo."""
     split: Literal["train", "val", "test", "all"] = "test"
     """Part of the data to measure."""
     protocols: tuple[Literal["standard", "scm", "tscam"], ...] = ("standard",)
     """Metric protocols."""
     kinds: tuple[str, ...] = ()
     """Score maps to measure: cam, att, tscam, scm, combine:l,m; the model's own where not given."""
-    threshold_from: str = ""
-    """Split to find the threshold on, which is then frozen; empty: best on the measured split."""
+    threshold_from: Literal["none", "train", "val"] = "none"
+    """Split to find the threshold on, which is then frozen; none: best on the measured split."""
     threshold_step: float = 0.01
     """Thresholds are arange(0, 1, step)."""
     fixed_threshold: float = 0.1
@@ -271,7 +275,10 @@ def evaluate_command(arguments: list[str]) -> None:
     options = cli.parse(EvaluateOptions, arguments, command="scm-wsol evaluate")
     folder = cli.resolve_model(options.model)
     model = load_model(folder).to(cli.choose_device(options.device)).eval()
-    data = load_data(options.data, options.split, **options.data_options)  # type: ignore[arg-type]
+    source: dict[str, Any] = {**options.data_options}
+    source |= {name: True for name in ("skip_unreadable", "clip_boxes") if getattr(options, name)}
+    check_data_options(source)
+    data = load_data(options.data, options.split, **source)
     check_labels(model, data)
     if options.out is not None:
         new_output_folder(options.out, overwrite=options.overwrite)
@@ -281,8 +288,8 @@ def evaluate_command(arguments: list[str]) -> None:
         "workers": options.workers,
     }
     threshold = None
-    if options.threshold_from:
-        other = load_data(options.data, options.threshold_from, **options.data_options)  # type: ignore[arg-type]
+    if options.threshold_from != "none":
+        other = load_data(options.data, options.threshold_from, **source)
         threshold = evaluate_model(model, other, **shared).threshold()
     result = evaluate_model(
         model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from attnmap_core.data.loaders import SampleDataset, StreamDataset, gather_objects, import_training_extra
-from attnmap_core.data.sources import ImageData, load_data
+from attnmap_core.data.sources import ImageData, check_data_options, load_data
 from attnmap_core.data.transforms import Preprocessing, train_transform
 from attnmap_core.errors import InputError
 from attnmap_core.files import new_output_folder, write_json, write_text
@@ -81,11 +82,18 @@ def train(config: ScmConfig, header: str = "", resume: bool = False, overwrite: 
         InputError: for data, settings or a folder that cannot be used.
     """
     config.check()
+    check_data_options(config.source_options())
+    # Without a split to choose on, the last weights are it; with one, GT-known chooses unless a metric is named.
+    if config.select_on == "last":
+        config = dataclasses.replace(config, select_by="last")
+    elif config.select_by == "last":
+        config = dataclasses.replace(config, select_by="gt_known")
     run = Path(config.output_dir)
-    prepare_run(run, config, header, resume=resume, overwrite=overwrite)
+    # Data and model first: what is wrong with them must not leave a run folder behind.
     data = {split: load_split(config, split) for split in needed_splits(config)}
     train_data = data["train"]
     model = build_model(config, train_data.labels)
+    prepare_run(run, config, header, resume=resume, overwrite=overwrite)
     transform = train_transform(model.preprocessing, resize=config.resize, flip=config.flip)
     samples = (StreamDataset if train_data.streaming else SampleDataset)(train_data, transform, seed=config.seed)
     selection = data.get(config.select_on)
@@ -96,8 +104,6 @@ def train(config: ScmConfig, header: str = "", resume: bool = False, overwrite: 
         assert selection is not None
         return measure(config, candidate, selection, accelerator).metrics()
 
-    if selection is not None and config.select_by == "last":
-        config.select_by = "gt_known"
     result = run_training(
         ClassificationTask(),
         model,
@@ -119,7 +125,7 @@ def needed_splits(config: ScmConfig) -> list[str]:
 
 def load_split(config: ScmConfig, split: str) -> ImageData:
     """One split of the configured data."""
-    return load_data(config.data, split, **config.data_options)
+    return load_data(config.data, split, **config.source_options())
 
 
 def prepare_run(run: Path, config: ScmConfig, header: str, *, resume: bool, overwrite: bool) -> None:
