@@ -187,7 +187,9 @@ def test_another_interpolation_is_refused() -> None:
 # --- Conversions ------------------------------------------------------------------------------------------
 
 corner = st.integers(0, 14)
-box = st.tuples(corner, corner, corner, corner).map(lambda b: [min(b[::2]), min(b[1::2]), max(b[::2]), max(b[1::2])])
+box = st.tuples(corner, corner, corner, corner).map(
+    lambda b: [min(b[::2]), min(b[1::2]), max(b[::2]), max(b[1::2])]
+)
 
 
 def pixels_of(box_xyxy: list[int], *, inclusive: bool) -> set[tuple[int, int]]:

@@ -72,9 +72,7 @@ def test_coco_loads_in_pycocotools(predictions: list[Prediction], tmp_path: Path
     for image, expected in zip(images, predictions):
         annotations = coco.loadAnns(coco.getAnnIds(imgIds=image["id"]))
         assert len(annotations) == len(expected.boxes_xyxy)
-        for annotation, (x0, y0, x1, y1), score in zip(
-            annotations, expected.boxes_xyxy, expected.box_scores
-        ):
+        for annotation, (x0, y0, x1, y1), score in zip(annotations, expected.boxes_xyxy, expected.box_scores):
             assert annotation["bbox"] == pytest.approx([x0, y0, x1 - x0, y1 - y0])
             assert annotation["area"] == pytest.approx((x1 - x0) * (y1 - y0))
             assert annotation["score"] == pytest.approx(score)
@@ -176,7 +174,9 @@ def test_names_with_quotes_and_other_scripts_survive(format: Any, tmp_path: Path
     assert names_in(format, tmp_path) == NASTY
 
 
-@pytest.mark.parametrize("name", ['we "said", so.jpg', "猫 & <co>.jpg", "no\u00a0break\u3000space.jpg", "a\nb.jpg"])
+@pytest.mark.parametrize(
+    "name", ['we "said", so.jpg', "猫 & <co>.jpg", "no\u00a0break\u3000space.jpg", "a\nb.jpg"]
+)
 def test_photo_names_survive(name: str, tmp_path: Path) -> None:
     source, kept = f"photos/{name}", [prediction(f"photos/{name}", [[0, 0, 5, 5]])]
     [coco] = export_predictions(kept, tmp_path, "coco")
@@ -193,7 +193,9 @@ def test_a_photo_name_that_is_not_unicode_is_no_reason_to_fail(format: Any, tmp_
     for path in export_predictions([prediction(source, [[0, 0, 5, 5]])], tmp_path, format):
         path.read_text(encoding="utf-8")
     if format == "coco":
-        assert json.loads((tmp_path / "annotations.json").read_text("utf-8"))["images"][0]["file_name"] == source
+        assert (
+            json.loads((tmp_path / "annotations.json").read_text("utf-8"))["images"][0]["file_name"] == source
+        )
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -230,7 +232,9 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_full_disk_leaves_no_half_file(format: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_half_file(
+    format: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(self: Path, text: str, **_: Any) -> int:
         with self.open("w") as file:
             file.write(text[:3])

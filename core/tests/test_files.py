@@ -122,7 +122,7 @@ def test_long_names_are_no_obstacle(tmp_path: Path) -> None:
 
 
 def test_json_is_readable_and_comes_back(tmp_path: Path) -> None:
-    value = {"name": "Größe 猫 \"q\"", "list": [1, 2.5, None, True]}
+    value = {"name": 'Größe 猫 "q"', "list": [1, 2.5, None, True]}
     write_json(tmp_path / "a.json", value)
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
     assert "猫" in text
@@ -190,7 +190,19 @@ def test_a_failure_keeps_the_old_folder(tmp_path: Path, failure: BaseException) 
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_folder_that_cannot_be_swapped_is_wrong_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_name_the_file_where_it_was_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise FULL
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(InputError) as failure, atomic_folder(tmp_path / "run") as temporary:
+        write_json(temporary / "a.json", 1)
+    assert one_line(failure).startswith(f"{tmp_path / 'run' / 'a.json'}: no space left")
+
+
+def test_a_folder_that_cannot_be_swapped_is_wrong_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "mounted"
     path.mkdir()
     (path / "old.txt").write_text("old")

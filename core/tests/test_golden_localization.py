@@ -141,7 +141,9 @@ def test_pxap(golden: Golden) -> None:
 @each_file("scm_metrics")
 def test_scm_and_tscam_protocols(golden: Golden) -> None:
     scm = ScmProtocol(golden["thresholds"])
-    fixed = sorted(int(name[9:-5]) for name in golden if name.startswith("tscam_thr") and name.endswith("_cls1"))
+    fixed = sorted(
+        int(name[9:-5]) for name in golden if name.startswith("tscam_thr") and name.endswith("_cls1")
+    )
     tscam = {percent: TscamProtocol(percent / 100) for percent in fixed}
     assert tscam
     ranked = np.argsort(-golden["logits"], axis=1, kind="stable")

@@ -17,7 +17,7 @@ import torch
 from attnmap_core.backbones import create_backbone
 from attnmap_core.data.transforms import Preprocessing
 from attnmap_core.errors import InputError
-from attnmap_core.hub import Localization, PretrainedModel
+from attnmap_core.hub import Localization, PretrainedModel, read_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -222,6 +222,14 @@ def test_wrong_configurations(folder: Path) -> None:
     (folder / "config.json").write_text("[]")
     with pytest.raises(InputError, match="expected what save_pretrained writes"):
         Blobs.from_pretrained(folder)
+    with pytest.raises(InputError, match="expected what save_pretrained writes"):
+        read_config(folder)
+
+
+def test_the_class_can_be_read_before_loading(folder: Path) -> None:
+    assert read_config(folder)["class"] == "Blobs"
+    with pytest.raises(InputError, match="no such folder"):
+        read_config(folder / "a" / "b")
 
 
 def test_arguments_are_those_of_the_folder(folder: Path) -> None:

@@ -265,7 +265,7 @@ def test_most_and_least_confident_photos_are_shown(tmp_path: Path) -> None:
     page = write(report, tmp_path / "r.html")
     assert "20 photos, 20 boxes, 2 classes" in page.text
     assert [tag for tag, _ in page.tags].count("img") == 2 * 4
-    assert page.text.count("18 more") == 2
+    assert "16 more" in page.text
 
 
 def test_a_report_on_many_photos_is_no_bigger(tmp_path: Path) -> None:

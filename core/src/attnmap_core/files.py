@@ -84,7 +84,10 @@ def atomic_folder(path: str | Path) -> Generator[Path]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:40]}-"))
-            yield temporary
+            try:
+                yield temporary
+            except InputError as error:  # of a file inside, which the reader shall know by its place to be
+                raise InputError(str(error).replace(str(temporary), str(path))) from error
             temporary.chmod(0o777 & ~_umask())
             if path.exists():
                 retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:40]}-old-"))

@@ -360,15 +360,12 @@ class PretrainedModel(nn.Module, PyTorchModelHubMixin):
                 local_files_only=local_files_only,
                 revision=revision,
             )
-        model = cls._from_config(read_json(config_path), config_path)
+        model = cls._from_config(_read_config(config_path), config_path)
         _load(model, weights_path, strict)
         return model.to(device).eval()
 
     @classmethod
-    def _from_config(cls, config: Any, path: Path) -> Self:
-        values: Any = config.get("model") if isinstance(config, dict) else None
-        if not isinstance(values, dict):
-            raise InputError(f'{path}: holds no "model", expected what save_pretrained writes; save it again')
+    def _from_config(cls, config: dict[str, Any], path: Path) -> Self:
         if config.get("class") != cls.__name__:
             raise InputError(
                 f"{path}: describes a {config.get('class')}, expected {cls.__name__}; "
@@ -376,9 +373,8 @@ class PretrainedModel(nn.Module, PyTorchModelHubMixin):
             )
         parameters = inspect.signature(cls.__init__).parameters
         off: dict[str, Any] = {"pretrained": False, "weights": None}
-        values = {k: _tuples(v) for k, v in values.items()} | {
-            k: v for k, v in off.items() if k in parameters
-        }
+        values: dict[str, Any] = _tuples(config["model"])
+        values |= {name: value for name, value in off.items() if name in parameters}
         try:
             model = cls(**values)
         except (TypeError, ValueError) as error:
@@ -547,7 +543,14 @@ def read_config(name: str | Path) -> dict[str, Any]:
     """
     folder = Path(name).expanduser()
     config, _ = _local_files(folder) if folder.is_dir() else _hub_files(os.fspath(name))
-    return read_json(config)
+    return _read_config(config)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config: Any = read_json(path)
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise InputError(f'{path}: holds no "model", expected what save_pretrained writes; save it again')
+    return cast(dict[str, Any], config)
 
 
 def _local_files(folder: Path) -> tuple[Path, Path]:

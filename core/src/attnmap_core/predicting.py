@@ -50,7 +50,13 @@ def predict_folder(model: Any, options: PredictOptions, *, command: str) -> str:
         raise InputError(f"{out}: is a file, expected a folder; choose another --out")
     if out.is_dir() and any(out.iterdir()) and not options.overwrite:
         raise InputError(f"{out}: output folder exists; pass --overwrite or choose another --out")
+    if options.threshold is not None and not 0 <= options.threshold < 1:
+        raise InputError(f"--threshold {options.threshold}: expected a share of the maximum, 0 <= share < 1")
+    if options.batch_size < 1:
+        raise InputError(f"--batch-size {options.batch_size}: expected at least 1")
     photos = list_images(options.photos)
+    if any(photo.resolve().is_relative_to(out.resolve()) for photo in photos):
+        raise InputError(f"{out}: holds photos to predict, which would be overwritten; choose another --out")
     model = model.to(choose_device(options.device)).eval()
     with atomic_folder(out) as folder:
         (folder / "heatmaps").mkdir()
@@ -60,7 +66,9 @@ def predict_folder(model: Any, options: PredictOptions, *, command: str) -> str:
         for prediction in tqdm(
             _predictions(model, photos, options, unreadable), total=len(photos), desc="predict", unit="photo"
         ):
-            name = f"{len(kept):06d}_{Path(prediction.source).stem}.jpg"
+            name = (
+                f"{len(kept):06d}_{Path(prediction.source).stem[:50]}.jpg"  # the longest name has 255 bytes
+            )
             photo = load_image(prediction.source)
             heat = overlay(photo, prediction.score_map, longest_side=(1, 640))
             heat.save(folder / "heatmaps" / name, quality=88)
@@ -74,7 +82,7 @@ def predict_folder(model: Any, options: PredictOptions, *, command: str) -> str:
         export_predictions(kept, folder, format=options.format, labels=list(model.labels or []))
         write_json(folder / "predictions.json", [_row(prediction) for prediction in kept])
         title = f"{len(kept)} photos seen by {type(model).__name__}"
-        facts = {"command": command} | run_facts(run_record())
+        facts = run_facts(run_record()) | {"command": command}
         report.write(folder / "report.html", title=title, unreadable=unreadable, facts=facts)
     for name, reason in unreadable:
         logger.warning("skipped %s: %s", name, reason)

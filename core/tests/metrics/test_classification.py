@@ -41,8 +41,8 @@ def test_negative_scores_rank_like_others() -> None:
     [
         (np.zeros(3), [0], "logits"),
         (np.zeros((2, 3)), [0], "labels"),
-        (np.zeros((2, 3)), [0, 3], "0..2"),
-        (np.zeros((2, 3)), [-1, 0], "0..2"),
+        (np.zeros((2, 3)), [0, 3], r"0\.\.2"),
+        (np.zeros((2, 3)), [-1, 0], r"0\.\.2"),
         ([[0.0, np.nan]], [0], "NaN"),
     ],
 )
@@ -52,6 +52,10 @@ def test_what_has_no_rank_is_refused(logits: object, labels: list[int], reason: 
 
 
 def test_accuracy_needs_images_and_as_many_classes_as_it_looks_at() -> None:
-    for logits, labels, k in ((np.zeros((2, 3)), [0, 1], 0), (np.zeros((2, 3)), [0, 1], 4), (np.zeros((0, 3)), [], 1)):
-        with pytest.raises(ValueError, match="k in 1..3"):
+    for logits, labels, k in (
+        (np.zeros((2, 3)), [0, 1], 0),
+        (np.zeros((2, 3)), [0, 1], 4),
+        (np.zeros((0, 3)), [], 1),
+    ):
+        with pytest.raises(ValueError, match=r"k in 1\.\.3"):
             topk_accuracy(logits, labels, k)

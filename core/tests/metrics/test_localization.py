@@ -270,7 +270,8 @@ def fill_tscam(protocol: TscamProtocol, indices: Any) -> TscamProtocol:
 
 
 @pytest.mark.parametrize(
-    ("fill", "kind"), [(fill_standard, StandardProtocol), (fill_scm, ScmProtocol), (fill_tscam, TscamProtocol)]
+    ("fill", "kind"),
+    [(fill_standard, StandardProtocol), (fill_scm, ScmProtocol), (fill_tscam, TscamProtocol)],
 )
 def test_gathering_processes_in_any_order_changes_nothing(fill: Any, kind: Any) -> None:
     n = 12
@@ -392,11 +393,15 @@ def test_scm_asks_the_maps_of_predicted_classes() -> None:
     truth = [[5, 5, 15, 15]]
     protocol = ScmProtocol()
     # Image 0: the first class is the true one, its map wrong; the fourth class's map is right.
-    protocol.add(0, label=3, classes=[3, 1, 0, 2, 4], score_maps=[wrong] * 3 + [right, wrong], boxes_xyxy=truth)
+    protocol.add(
+        0, label=3, classes=[3, 1, 0, 2, 4], score_maps=[wrong] * 3 + [right, wrong], boxes_xyxy=truth
+    )
     # Image 1: the true class is not among the five, but the first one's map is right.
     protocol.add(1, label=9, classes=[3, 1, 0, 2, 4], score_maps=[right] + [wrong] * 4, boxes_xyxy=truth)
     # Image 2: the true class comes second, with a right map.
-    protocol.add(2, label=1, classes=[3, 1, 0, 2, 4], score_maps=[wrong, right] + [wrong] * 3, boxes_xyxy=truth)
+    protocol.add(
+        2, label=1, classes=[3, 1, 0, 2, 4], score_maps=[wrong, right] + [wrong] * 3, boxes_xyxy=truth
+    )
     result = protocol.compute()
     third = 100 / 3
     assert result["cls_acc_top-1"] == pytest.approx(third)

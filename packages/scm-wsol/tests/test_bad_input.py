@@ -34,7 +34,9 @@ def photos(tmp_path):
 def model(tmp_path):
     tiny = {"patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 2}
     folder = tmp_path / "model"
-    TSCAM("vit", num_classes=2, img_size=32, labels=["cat", "dog"], backbone_options=tiny).save_pretrained(folder)
+    TSCAM("vit", num_classes=2, img_size=32, labels=["cat", "dog"], backbone_options=tiny).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -131,7 +133,10 @@ def test_unusual_photos_work(tmp_path, model):
     Image.new("RGB", (20000, 3), (10, 200, 10)).save(folder / "wide.png")
     out = tmp_path / "out"
     assert main(["predict", str(folder), "--model", str(model), "--out", str(out), "--device", "cpu"]) == 0
-    sizes = {Path(p["source"]).name: (p["width"], p["height"]) for p in json.loads((out / "predictions.json").read_text())}
+    sizes = {
+        Path(p["source"]).name: (p["width"], p["height"])
+        for p in json.loads((out / "predictions.json").read_text())
+    }
     assert sizes["rotated.jpg"] == (30, 40)
     assert (sizes["one.png"], sizes["wide.png"]) == ((1, 1), (20000, 3))
 
@@ -140,7 +145,10 @@ def test_box_outside_the_photo(photos, capsys, tmp_path):
     rows = [{"file_name": "cat/0.jpg", "objects": {"bbox": [[30, 10, 60, 10]]}}]
     rows += [{"file_name": f"{c}/{i}.jpg"} for c in ("cat", "dog") for i in range(6) if (c, i) != ("cat", 0)]
     (photos / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    split = {"train": [f"{c}/{i}.jpg" for c in ("cat", "dog") for i in range(4)], "test": ["cat/4.jpg", "dog/4.jpg"]}
+    split = {
+        "train": [f"{c}/{i}.jpg" for c in ("cat", "dog") for i in range(4)],
+        "test": ["cat/4.jpg", "dog/4.jpg"],
+    }
     (tmp_path / "split.json").write_text(json.dumps(split))
     line = ["--data-options.split-file", tmp_path / "split.json"]
     refused(capsys, train(photos, tmp_path / "run", *line), "0.jpg", "--clip-boxes")
@@ -155,7 +163,9 @@ def test_annotation_for_a_file_that_is_not_there(photos, capsys, tmp_path):
 def test_class_without_training_images(photos, capsys, tmp_path):
     split = {"train": ["cat/0.jpg", "cat/1.jpg"], "test": ["dog/0.jpg", "cat/2.jpg"]}
     (tmp_path / "split.json").write_text(json.dumps(split))
-    refused(capsys, train(photos, tmp_path / "run", "--data-options.split-file", tmp_path / "split.json"), "dog")
+    refused(
+        capsys, train(photos, tmp_path / "run", "--data-options.split-file", tmp_path / "split.json"), "dog"
+    )
 
 
 def test_existing_output_folders(photos, capsys, tmp_path, model):
@@ -174,7 +184,9 @@ def test_full_disk_keeps_what_was_there(photos, capsys, tmp_path, model, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    refused(capsys, ["predict", photos, "--model", model, "--out", tmp_path / "out", "--device", "cpu"], "space")
+    refused(
+        capsys, ["predict", photos, "--model", model, "--out", tmp_path / "out", "--device", "cpu"], "space"
+    )
     assert not (tmp_path / "out").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
@@ -186,7 +198,12 @@ def test_wrong_checkpoint_for_the_config(capsys, tmp_path, model, photos):
     refused(capsys, ["predict", photos, "--model", model, "--out", tmp_path / "out"], "head.weight")
     (model / "model.safetensors").unlink()
     torch.save({"a": torch.zeros(1)}, model / "pytorch_model.bin")
-    refused(capsys, ["predict", photos, "--model", model, "--out", tmp_path / "out"], "pytorch_model.bin", "pickle")
+    refused(
+        capsys,
+        ["predict", photos, "--model", model, "--out", tmp_path / "out"],
+        "pytorch_model.bin",
+        "pickle",
+    )
 
 
 def test_model_of_other_classes(capsys, model, photos, tmp_path):

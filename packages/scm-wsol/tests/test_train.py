@@ -15,7 +15,20 @@ from scm_wsol.cli import load_model, main
 from scm_wsol.config import ScmConfig
 
 DATA = "synthetic:classes=4,superclasses=2,image_size=32,scale_min=0.4,train=44,val=10,test=14"
-TINY = ["--data", DATA, "--image-size", "32", "--resize", "36", "--epochs", "2", "--warmup-epochs", "0", "--lr", "1e-3"]
+TINY = [
+    "--data",
+    DATA,
+    "--image-size",
+    "32",
+    "--resize",
+    "36",
+    "--epochs",
+    "2",
+    "--warmup-epochs",
+    "0",
+    "--lr",
+    "1e-3",
+]
 TINY += ["--backbone-options.patch-size", "8", "--backbone-options.embed-dim", "24"]
 TINY += ["--backbone-options.depth", "2", "--backbone-options.num-heads", "3", "--threads", "1"]
 TINY += ["--threshold-step", "0.05", "--eval-batch-size", "4"]
@@ -29,9 +42,20 @@ def history(run: Path) -> list[dict]:
 
 def launch(run: Path, processes: int, *arguments: str) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += [
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+    ]
     command += ["-m", "scm_wsol.train", "tiny-scm", *TINY, "--output-dir", str(run), *arguments]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -43,7 +67,14 @@ def run(tmp_path_factory):
 
 
 def test_run_folder_is_whole(run):
-    for name in ("recipe.toml", "run.json", "history.jsonl", "metrics.json", "report.html", "model/config.json"):
+    for name in (
+        "recipe.toml",
+        "run.json",
+        "history.jsonl",
+        "metrics.json",
+        "report.html",
+        "model/config.json",
+    ):
         assert (run / name).stat().st_size > 0, name
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["map"] == "scm"
@@ -82,7 +113,10 @@ def test_existing_folder_is_refused_and_resume_of_a_finished_run_changes_nothing
 def test_evaluate_repeats_the_metrics_of_the_run(run, tmp_path, capsys):
     out = tmp_path / "evaluation"
     arguments = ["evaluate", str(run), "--data", DATA, "--threshold-step", "0.05", "--batch-size", "4"]
-    assert main([*arguments, "--protocols", "standard", "scm", "tscam", "--out", str(out), "--device", "cpu"]) == 0
+    assert (
+        main([*arguments, "--protocols", "standard", "scm", "tscam", "--out", str(out), "--device", "cpu"])
+        == 0
+    )
     assert "MaxBoxAccV2" in capsys.readouterr().out
     ours = json.loads((out / "metrics.json").read_text())
     theirs = json.loads((run / "metrics.json").read_text())
@@ -103,7 +137,10 @@ def test_two_processes_equal_one_with_twice_the_batch(run, tmp_path):
         # Counts of a dozen images: one that lies on a threshold may flip with the last digit of a weight.
         for name in ("top1_cls", "gt_known", "pxap"):
             assert b["metrics"][name] == pytest.approx(a["metrics"][name], abs=11)
-    weights, others = load_file(run / "model" / "model.safetensors"), load_file(two / "model" / "model.safetensors")
+    weights, others = (
+        load_file(run / "model" / "model.safetensors"),
+        load_file(two / "model" / "model.safetensors"),
+    )
     for name, tensor in weights.items():
         torch.testing.assert_close(others[name], tensor, rtol=1e-2, atol=2e-4, msg=name)
 
@@ -119,7 +156,13 @@ def test_every_recipe_is_valid_and_says_what_it_costs(recipe):
 
 def test_published_presets_have_the_papers_values():
     scm = load_recipe("scm_wsol", "cub-scm", ScmConfig)
-    assert (scm.lr, scm.batch_size, scm.epochs, scm.lr_steps, scm.weight_decay) == (5e-5, 256, 30, (30,), 0.05)
+    assert (scm.lr, scm.batch_size, scm.epochs, scm.lr_steps, scm.weight_decay) == (
+        5e-5,
+        256,
+        30,
+        (30,),
+        0.05,
+    )
     ilsvrc = load_recipe("scm_wsol", "ilsvrc-scm", ScmConfig)
     assert (ilsvrc.lr, ilsvrc.batch_size, ilsvrc.epochs, ilsvrc.iterations) == (1e-6, 512, 20, (16, 4, 4, 4))
     assert load_recipe("scm_wsol", "ilsvrc-tscam", ScmConfig).lr == 5e-4

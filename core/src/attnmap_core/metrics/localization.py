@@ -93,9 +93,9 @@ def max_box_acc(
         ``"all"`` contours is MaxBoxAccV2; the value at 0.5 with the ``"largest"`` is V1.
 
     Example:
-        >>> accuracy, best = max_box_acc([[0.2, 0.6], [0.4, 0.5]], [0.3, 0.5])
+        >>> accuracy, best = max_box_acc([[0.4, 0.6], [0.4, 0.2]], [0.3, 0.5])
         >>> accuracy.tolist(), best.tolist()
-        ([50.0, 100.0], [0, 1])
+        ([100.0, 50.0], [0, 1])
     """
     values = np.asarray(curves)
     if values.ndim != 2 or not values.size:

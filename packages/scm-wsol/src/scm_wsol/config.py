@@ -86,9 +86,13 @@ class ScmConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         if self.image_size > self.resize:
-            raise InputError(f"resize {self.resize}: expected at least image_size {self.image_size}; raise --resize")
+            raise InputError(
+                f"resize {self.resize}: expected at least image_size {self.image_size}; raise --resize"
+            )
         if not 0 < self.threshold_step < 1:
-            raise InputError(f"threshold_step {self.threshold_step}: expected a number between 0 and 1, such as 0.01")
+            raise InputError(
+                f"threshold_step {self.threshold_step}: expected a number between 0 and 1, such as 0.01"
+            )
         if len(self.iterations) not in (1, self.calibration_blocks):
             raise InputError(
                 f"iterations {list(self.iterations)}: expected 1 or {self.calibration_blocks} numbers (calibration_blocks)"
@@ -101,6 +105,17 @@ class ScmConfig(TrainConfig):
 
     def calibration_options(self) -> dict[str, Any]:
         """The fields that :class:`scm_wsol.SpatialCalibration` takes."""
-        names = ("sign", "laplacian", "filter", "residual", "alpha", "detach_ns_init", "stable_shrink", "mean_one_weights")
+        names = (
+            "sign",
+            "laplacian",
+            "filter",
+            "residual",
+            "alpha",
+            "detach_ns_init",
+            "stable_shrink",
+            "mean_one_weights",
+        )
         iterations = self.iterations[0] if len(self.iterations) == 1 else list(self.iterations)
-        return {"blocks": self.calibration_blocks, "iterations": iterations} | {n: getattr(self, n) for n in names}
+        return {"blocks": self.calibration_blocks, "iterations": iterations} | {
+            n: getattr(self, n) for n in names
+        }

@@ -100,7 +100,9 @@ class Evaluation:
             {"map": f"{name}: {KIND_NAMES.get(kind, kind)}", **_shown(protocol.compute())}
             for kind, protocol in self.kinds.items()
         ]
-        return rows + [{"map": floor, **_shown(protocol.compute())} for floor, protocol in self.floors.items()]
+        return rows + [
+            {"map": floor, **_shown(protocol.compute())} for floor, protocol in self.floors.items()
+        ]
 
 
 def _shown(metrics: dict[str, float]) -> dict[str, float]:
@@ -161,12 +163,18 @@ def evaluate_model(
     samples = (StreamDataset if data.streaming else SampleDataset)(
         data, eval_transform(model.preprocessing), seed=0, with_targets=True
     )
-    processes, process = (1, 0) if accelerator is None else (accelerator.num_processes, accelerator.process_index)
+    processes, process = (
+        (1, 0) if accelerator is None else (accelerator.num_processes, accelerator.process_index)
+    )
     loader = eval_loader(samples, batch_size, processes=processes, process=process, workers=workers)
     device = next(model.parameters()).device
     total = None if data.streaming else -(-len(data) // (batch_size * processes))
     for batch in tqdm(
-        loader, total=total, desc=f"evaluate {data.split}", leave=False, disable=None if progress and not process else True
+        loader,
+        total=total,
+        desc=f"evaluate {data.split}",
+        leave=False,
+        disable=None if progress and not process else True,
     ):
         images, labels = batch["images"].to(device), batch["labels"].to(device)
         maps = model.maps(images)
@@ -191,7 +199,9 @@ def evaluate_model(
             boxes = resize_boxes(photo_boxes, photo_size, (size[1], size[0]), "scm")
             if scm and best is not None:
                 linear = upsample_score_map(best[i], size, "bilinear")
-                scm.add(index, label=int(labels[i]), classes=best_classes[i], score_maps=linear, boxes_xyxy=boxes)
+                scm.add(
+                    index, label=int(labels[i]), classes=best_classes[i], score_maps=linear, boxes_xyxy=boxes
+                )
             if tscam:
                 linear = upsample_score_map(raw[kinds[0]][i], size, "bilinear")
                 tscam.add(index, rank=ranks[i], score_map=linear, boxes_xyxy=boxes)
@@ -221,7 +231,9 @@ def _cell(value: Any) -> str:
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *rest = (f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(cells, widths)))
+    first, *rest = (
+        f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(cells, widths))
+    )
     return "  ".join([first, *rest]).rstrip()
 
 
@@ -233,7 +245,9 @@ class EvaluateOptions:
     """Model folder, run folder or Hub id."""
     data: str = "synthetic"
     """Data source; ``scm-wsol list`` shows what it may be."""
-    data_options: dict[str, bool | int | float | str] = field(default_factory=dict[str, bool | int | float | str])
+    data_options: dict[str, bool | int | float | str] = field(
+        default_factory=dict[str, bool | int | float | str]
+    )
     """Options of the data source, such as split_file."""
     skip_unreadable: bool = False
     """List and leave out photos that cannot be read."""
@@ -301,7 +315,9 @@ def evaluate_command(arguments: list[str]) -> None:
         fixed_threshold=options.fixed_threshold,
         **shared,
     )
-    sys.stdout.write(f"{data.name}, {data.split}, protocol standard\n{format_table(result.table(type(model).__name__))}\n")
+    sys.stdout.write(
+        f"{data.name}, {data.split}, protocol standard\n{format_table(result.table(type(model).__name__))}\n"
+    )
     for name, protocol in result.others.items():
         rows = [{"metric": metric, "value": value} for metric, value in protocol.compute().items()]
         sys.stdout.write(f"\nprotocol {name}\n{format_table(rows)}\n")

@@ -75,7 +75,9 @@ def evaluation_report(
     ious = own.ious()
     plots = {}
     if ious:
-        plots["box accuracy by threshold"] = threshold_curves({name: own.box_accuracy_curves()}, own.thresholds)
+        plots["box accuracy by threshold"] = threshold_curves(
+            {name: own.box_accuracy_curves()}, own.thresholds
+        )
     galleries: list[Gallery] = []
     if not data.streaming:
         scores = ious or dict.fromkeys(range(min(len(data), 3 * each)), 0.0)
@@ -101,7 +103,9 @@ def evaluation_report(
 
 
 @torch.inference_mode()
-def case_tiles(model: TSCAM, data: ImageData, indices: Sequence[int], ious: Mapping[int, float]) -> list[Tile]:
+def case_tiles(
+    model: TSCAM, data: ImageData, indices: Sequence[int], ious: Mapping[int, float]
+) -> list[Tile]:
     """The true class's map and box of chosen images, at the model's threshold."""
     transform, device = eval_transform(model.preprocessing), next(model.parameters()).device
     tiles: list[Tile] = []
@@ -175,4 +179,6 @@ def _flat(line: Mapping[str, Any]) -> dict[str, Any]:
     """One epoch's record with only what is worth a curve."""
     shown = ("top1_cls", "gt_known", "max_box_acc_v2", "pxap")
     metrics = {METRIC_NAMES[name]: line.get("metrics", {}).get(name) for name in shown if "metrics" in line}
-    return {key: value for key, value in line.items() if key not in ("kind", "metrics", "seconds", "step")} | metrics
+    return {
+        key: value for key, value in line.items() if key not in ("kind", "metrics", "seconds", "step")
+    } | metrics

@@ -95,10 +95,14 @@ def train(config: ScmConfig, header: str = "", resume: bool = False, overwrite: 
     model = build_model(config, train_data.labels)
     prepare_run(run, config, header, resume=resume, overwrite=overwrite)
     transform = train_transform(model.preprocessing, resize=config.resize, flip=config.flip)
-    samples = (StreamDataset if train_data.streaming else SampleDataset)(train_data, transform, seed=config.seed)
+    samples = (StreamDataset if train_data.streaming else SampleDataset)(
+        train_data, transform, seed=config.seed
+    )
     selection = data.get(config.select_on)
     if config.select_on == "test":
-        logger.warning("select_on test: the checkpoint is chosen on the split it is reported on; the numbers flatter")
+        logger.warning(
+            "select_on test: the checkpoint is chosen on the split it is reported on; the numbers flatter"
+        )
 
     def validate(candidate: Any, accelerator: Any) -> dict[str, float]:
         assert selection is not None
@@ -164,7 +168,9 @@ def finish_run(run: Path, config: ScmConfig, data: dict[str, ImageData], result:
     chosen = run / ("best" if result.best is not None else "model")
     model = (SCM if config.method == "scm" else TSCAM).from_pretrained(chosen).to(accelerator.device).eval()
     if "val" in data:
-        model.threshold = measure(config, model, data["val"], accelerator).threshold() or config.fixed_threshold
+        model.threshold = (
+            measure(config, model, data["val"], accelerator).threshold() or config.fixed_threshold
+        )
     kinds = tuple(dict.fromkeys((model.own_kind, "cam", "att", "tscam", "scm")))
     evaluation = measure(
         config, model, data["test"], accelerator, kinds=kinds, protocols=config.protocols, floors=True
