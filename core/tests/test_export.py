@@ -53,7 +53,7 @@ def read_yolo_boxes(path: Path, width: int, height: int) -> list[list[float]]:
     boxes: list[list[float]] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         _, x, y, w, h = map(float, line.split())
-        assert 0 <= min(x, y, w, h)
+        assert min(x, y, w, h) >= 0
         assert max(x, y, w, h) <= 1
         boxes.append([(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height])
     return boxes

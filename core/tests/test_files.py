@@ -61,7 +61,7 @@ def test_a_failure_keeps_the_old_file_and_leaves_nothing_else(tmp_path: Path, fa
     path = tmp_path / "a.txt"
     path.write_text("old")
     wanted = InputError if failure is FULL else type(failure)
-    with pytest.raises(wanted), atomic_file(path) as temporary:
+    with pytest.raises(wanted), atomic_file(path) as temporary:  # noqa: PT012
         temporary.write_text("ha")
         raise failure
     assert content(tmp_path) == {"a.txt": "old"}
@@ -183,7 +183,7 @@ def test_a_failure_keeps_the_old_folder(tmp_path: Path, failure: BaseException) 
     path = tmp_path / "run"
     path.mkdir()
     (path / "old.txt").write_text("old")
-    with pytest.raises((type(failure), InputError)), atomic_folder(path) as temporary:
+    with pytest.raises((type(failure), InputError)), atomic_folder(path) as temporary:  # noqa: PT012
         (temporary / "half.txt").write_text("ha")
         raise failure
     assert content(tmp_path) == {"run/old.txt": "old"}

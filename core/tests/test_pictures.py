@@ -140,6 +140,37 @@ def test_scores_and_labels_are_written() -> None:
         draw_boxes(plain(), None, box, scores=[0.1, 0.2])
 
 
+def test_a_long_label_is_cut_and_its_score_kept() -> None:
+    low, high = (
+        draw_boxes(plain(), None, [[9, 99, 300, 250]], [score], ["crab " * 99]).tobytes()
+        for score in (0.1, 0.9)
+    )
+    assert low != high
+
+
+def test_a_missing_score_is_a_dash() -> None:
+    box = [[100, 100, 300, 250]]
+    dashed = draw_boxes(plain(), None, box, [float("nan")])
+    assert dashed.tobytes() == draw_boxes(plain(), None, box, labels=["–"]).tobytes()
+
+
+def test_lines_grow_with_the_picture() -> None:
+    widths: list[int] = []
+    for side in (320, 900, 1600):
+        row = np.asarray(draw_boxes(plain(side, side), None, [[side / 4, side / 4, side / 2, side / 2]]))[
+            side * 3 // 8
+        ]
+        widths.append(int((row == PREDICTION_COLOR).all(axis=1).sum()) // 2)
+    assert 2 <= widths[0] < widths[1] < widths[2] <= 10
+
+
+@settings(deadline=None, max_examples=40)
+@given(box=st.tuples(*[st.floats(-1e4, 1e4)] * 4), width=st.integers(1, 60), height=st.integers(1, 60))
+def test_any_finite_box_can_be_drawn_on_any_photo(box: tuple[float, ...], width: int, height: int) -> None:
+    picture = draw_boxes(Image.new("L", (width, height)), [box], [box], [0.5], ["a"], longest_side=(40, 60))
+    assert 40 <= max(picture.size) <= 60
+
+
 @pytest.mark.parametrize("bad", [[[0, 0, np.nan, 5]], [[0, 0, 5]], [0, 0, 5, 5]])
 def test_boxes_that_are_none_are_refused(bad: Any) -> None:
     with pytest.raises(ValueError, match="truth_xyxy"):
@@ -195,6 +226,20 @@ def test_a_mask_is_tinted_outlined_and_the_rest_dimmed() -> None:
         binary_mask_overlay(plain(), mask.astype(np.uint8))
 
 
+def test_a_map_lies_on_the_photo_the_right_way_round() -> None:
+    score_map = np.zeros((4, 9))
+    score_map[0, -1] = 1  # top right
+    heat = np.asarray(overlay(plain(), score_map, image_weight=0, map_weight=1), int)
+    y, x = np.unravel_index((heat[..., 0] - heat[..., 2]).argmax(), heat.shape[:2])
+    assert y < 75
+    assert x > 350
+
+
+def test_the_border_of_the_photo_is_no_edge_of_a_mask() -> None:
+    whole = binary_mask_overlay(plain(), np.ones((2, 2), bool))
+    assert len(whole.getcolors() or ()) == 1
+
+
 # --- Grids ------------------------------------------------------------------------------------------------
 
 
@@ -230,6 +275,17 @@ def test_a_contact_sheet_wraps() -> None:
     contact_sheet([plain()], ["a caption much too long for a tile of this size"], tile_size=60)
 
 
+def test_a_caption_stays_below_its_own_tile() -> None:
+    tiles = [plain(100, 100)] * 2
+    bare, written = (
+        np.asarray(contact_sheet(tiles, [text, ""], columns=2, tile_size=100))
+        for text in ("", "caption " * 9)
+    )
+    columns = np.flatnonzero((bare != written).any(axis=(0, 2)))
+    assert columns.size > 0
+    assert columns.max() < 8 + 100
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -257,6 +313,24 @@ def test_heat_maps_have_their_marginals_on_the_border() -> None:
     high = (np.asarray(framed) == (128, 0, 0)).all(axis=2)
     assert high.sum() == 3 * 60 * 60
     assert (np.asarray(heatmap_grid([[zero]], image=plain(60, 60), cell_size=60)) != (0, 0, 128)).any()
+
+
+def test_marginals_stand_above_and_left_of_the_table() -> None:
+    zero, one = np.zeros((2, 2)), np.ones((2, 2))
+    framed = heatmap_grid(
+        [[zero] * 2] * 2,
+        ["S⁰", "S¹"],
+        ["F⁰", "F¹"],
+        row_marginals=[one] * 2,
+        column_marginals=[one] * 2,
+        cell_size=60,
+    )
+    high, low = ((np.asarray(framed) == color).all(axis=2) for color in ((128, 0, 0), (0, 0, 128)))
+    assert high.sum() == low.sum() == 4 * 60 * 60
+    rows, columns = np.flatnonzero(low.any(axis=1)), np.flatnonzero(low.any(axis=0))
+    assert high[: rows[0], columns].any(axis=0).all()
+    assert high[rows, : columns[0]].any(axis=1).all()
+    assert high[: rows[0], columns].sum() + high[rows, : columns[0]].sum() == high.sum()
 
 
 # --- Plots ------------------------------------------------------------------------------------------------
@@ -295,6 +369,48 @@ def test_panels_are_the_parts_of_the_whole() -> None:
     assert list(panels) == [axes.get_title() for axes in training_curves(history).axes]
     assert list(panels) == ["loss", "learning rate", "metrics", "l"]
     assert len(panels["l"].axes[0].get_legend().get_texts()) == 2
+
+
+def test_metrics_in_percent_and_as_shares_have_panels_of_their_own() -> None:
+    row = {
+        "loss/ce": 2.0,
+        "lr": 0.1,
+        "accuracy": 0.5,
+        "GT-known": 70.0,
+        "MaxBoxAccV2": 55.0,
+        "mean_weight": 1.7,
+    }
+    panels = {
+        name: [container.get_label() for container in figure.axes[0].containers]
+        for name, figure in training_panels([{"epoch": 1} | row]).items()
+    }
+    assert panels == {
+        "loss": ["loss/ce"],
+        "learning rate": ["lr"],
+        "metrics": ["accuracy"],
+        "metrics, %": ["GT-known", "MaxBoxAccV2"],
+        "mean_weight": ["mean_weight"],
+    }
+
+
+def test_a_curve_without_a_finite_value_is_named_with_a_dash() -> None:
+    [axes] = training_curves([{"loss": 1.0, "loss/box": float("nan")}]).axes
+    assert [container.get_label() for container in axes.containers] == ["loss", "loss/box (–)"]
+
+
+def test_two_axes_share_their_ticks_and_one_legend() -> None:
+    figure = line_plot(
+        ["1", "4", "16"], {"GT-known": [70, 77, 74]}, errors={"GT-known": [1, 0.5, 2]},
+        twin={"best τ": [0.3, 0.4, 0.2]}, x_label="p", y_label="%", twin_label="threshold",
+    )  # fmt: skip
+    left, right = figure.axes
+    assert [text.get_text() for text in left.get_xticklabels()] == ["1", "4", "16"]
+    assert (left.get_xlabel(), left.get_ylabel(), right.get_ylabel()) == ("p", "%", "threshold")
+    assert np.asarray(right.get_lines()[0].get_ydata()).tolist() == [0.3, 0.4, 0.2]
+    legend = left.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["GT-known", "best τ"]
+    assert right.get_legend() is None
 
 
 @pytest.mark.parametrize("history", [[], [{"epoch": 1}], [{"epoch": 1, "name": "text"}]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from attnmap_core.errors import InputError
-from attnmap_core.pictures import line_plot
+from attnmap_core.pictures import PLOT_INK, line_plot
 from attnmap_core.prediction import Prediction
 from attnmap_core.report import (
     MOST_ROWS,
@@ -150,6 +151,67 @@ def test_values_are_shown_for_people(tmp_path: Path) -> None:
     assert cells[8:] == ["5.2", "7", "–", "–", "–", "–", "–", "–"]
 
 
+def test_a_browser_is_told_to_load_nothing(page: Page) -> None:
+    policy = [values["content"] for _, values in page.tags if "http-equiv" in values]
+    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+
+
+def test_it_suits_phones_and_dark_screens(page: Page) -> None:
+    metas = [values for tag, values in page.tags if tag == "meta"]
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in metas
+    assert {"name": "color-scheme", "content": "light dark"} in metas
+    assert "prefers-color-scheme: dark" in page.source
+
+
+def test_plots_load_nothing_and_take_the_ink_of_the_theme(page: Page) -> None:
+    start = "data:image/svg+xml;base64,"
+    plots = [source[len(start) :] for source in page.attributes("src") if source.startswith(start)]
+    assert len(plots) == 1
+    svg = base64.b64decode(plots[0]).decode()
+    assert "<script" not in svg
+    assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', svg))
+    assert "prefers-color-scheme:dark" in svg
+    assert "currentColor" in svg
+    assert PLOT_INK not in svg.replace(f"svg{{color:{PLOT_INK}}}", "")
+
+
+def test_the_run_stands_on_top_and_its_command_below(tmp_path: Path) -> None:
+    facts = {
+        "command": "scm-wsol train",
+        "seed": 3,
+        "commit": "0123456789ab",
+        "date": "2026-01-02T03:04:05+00:00",
+    }
+    page = Page(write_report(tmp_path / "r.html", Report(title="t", facts=facts)))
+    assert "2026-01-02 03:04:05 UTC · commit 01234567 · seed 3" in page.text
+    assert "What was run scm-wsol train" in page.text
+    assert "commit 0123456789ab" in page.text
+
+
+def test_a_dollar_sign_is_no_placeholder(tmp_path: Path) -> None:
+    report = Report(title="t", summary="costs $title and $$5")
+    assert "costs $title and $$5" in Page(write_report(tmp_path / "r.html", report)).text
+
+
+def test_the_legend_stands_once_and_names_what_is_shown(page: Page, tmp_path: Path) -> None:
+    for words in ("true box", "predicted box", "score map: 0"):
+        assert page.text.count(words) == 1
+    unlabelled = localization_tile(picture(), np.eye(3), "x", predicted_xyxy=np.zeros((0, 4)))
+    galleries = [Gallery(title=name, tiles=[unlabelled]) for name in "ab"]
+    page = Page(write_report(tmp_path / "r.html", Report(title="t", galleries=galleries)))
+    assert page.text.count("predicted box") == 1
+    assert "true box" not in page.text
+
+
+def test_a_report_that_fails_half_way_keeps_the_old_one(tmp_path: Path) -> None:
+    path = write_report(tmp_path / "r.html", Report(title="old"))
+    broken: Any = Tile(pictures=["no picture"], caption="x")  # type: ignore[list-item]
+    with pytest.raises(AttributeError):
+        write_report(path, Report(title="new", galleries=[Gallery(title="G", tiles=[broken])]))
+    assert "old" in path.read_text(encoding="utf-8")
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_long_tables_lists_and_galleries_are_cut_and_counted(tmp_path: Path) -> None:
     small = Image.new("RGB", (2, 2))
     report = Report(
@@ -201,6 +263,14 @@ def test_selected_cases_are_best_worst_and_others(scores: dict[int, float], each
     assert chosen == select_cases(scores, each, seed=1)
 
 
+@pytest.mark.parametrize(
+    ("count", "groups"), [(0, [0, 0, 0]), (1, [1, 0, 0]), (2, [1, 1, 0]), (5, [2, 2, 1])]
+)
+def test_few_cases_are_shared_out(count: int, groups: list[int]) -> None:
+    chosen = select_cases({i: float(i) for i in range(count)}, each=8)
+    assert [len(keys) for keys in chosen.values()] == groups
+
+
 def test_another_seed_selects_other_random_cases() -> None:
     scores = {i: i / 100 for i in range(100)}
     first, second = select_cases(scores, 5, seed=0), select_cases(scores, 5, seed=1)
@@ -237,6 +307,8 @@ def test_published_numbers_stand_beside_ours() -> None:
 def test_facts_are_flat_text() -> None:
     facts = run_facts({"git_commit": "ab", "sizes": [1, 2], "versions": {"a": "1", "b": None}, "none": None})
     assert facts == {"git commit": "ab", "sizes": "1, 2", "versions": "a 1"}
+    assert run_facts({"commit": "ab", "dirty": True}) == {"commit": "ab, with uncommitted changes"}
+    assert run_facts({"commit": "ab", "dirty": False, "gpus": []}) == {"commit": "ab"}
 
 
 # --- Reports on predictions -------------------------------------------------------------------------------
@@ -265,7 +337,37 @@ def test_most_and_least_confident_photos_are_shown(tmp_path: Path) -> None:
     page = write(report, tmp_path / "r.html")
     assert "20 photos, 20 boxes, 2 classes" in page.text
     assert [tag for tag, _ in page.tags].count("img") == 2 * 4
-    assert "16 more" in page.text
+    assert page.text.count("16 more are not shown") == 1
+    assert re.findall(r"\d+ %", page.text) == [
+        "95 %",
+        "90 %",
+        "0 %",
+        "5 %",
+    ]  # each end begins with its extreme
+
+
+@pytest.mark.parametrize("most", [2, 3, 6, 11, 12])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_both_ends_of_a_stream_are_kept_exactly(most: int, seed: int) -> None:
+    report, count = PredictionReport(most), 12
+    for i in np.random.default_rng(seed).permutation(count).tolist():
+        report.add(Image.new("L", (2, 2)), prediction(i, i / count))
+        assert len(report.tiles) <= most
+    half = (most + 1) // 2
+    wanted = [*range(count)][::-1][:half] + [*range(most - half)][::-1]
+    assert [tile.caption for tile in report.tiles] == [f"class {i % 2}\n{i}.jpg" for i in wanted]
+    assert report.left_out == count - most
+
+
+def test_equal_confidence_keeps_the_order_and_classes_are_counted(tmp_path: Path) -> None:
+    report = PredictionReport()
+    for i in (4, 1, 2):
+        report.add(Image.new("L", (9, 9)), prediction(i, 0.5))
+    page = write(report, tmp_path / "r.html")
+    assert re.findall(r"(\d)\.jpg", page.text) == ["4", "1", "2"]
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", page.source)
+    assert cells == ["class 0", "2", "50.0", "class 1", "1", "50.0"]  # the most frequent first
+    assert "true box" not in page.text
 
 
 def test_a_report_on_many_photos_is_no_bigger(tmp_path: Path) -> None:
@@ -281,8 +383,12 @@ def test_a_report_on_many_photos_is_no_bigger(tmp_path: Path) -> None:
 def test_skipped_photos_are_listed_with_the_reason(tmp_path: Path) -> None:
     report = PredictionReport()
     report.add(picture(), prediction(0, 0.5, boxes=0))
-    page = write(report, tmp_path / "r.html", unreadable=[("a.jpg", "0 bytes"), (EVIL, "no image")])
-    assert "1 photo, 0 boxes, 1 class; 2 photos could not be read." in page.text
+    page = write(
+        report, tmp_path / "r.html", unreadable=[("a.jpg", "0 bytes"), (EVIL, "no image"), ("b", "b: cut")]
+    )
+    assert "1 photo, 0 boxes, 1 class; 3 photos could not be read." in page.text
+    assert "b: cut" in page.text
+    assert "b: b" not in page.text
     assert "a.jpg: 0 bytes" in page.text
     assert f"{EVIL}: no image" in page.text
 

@@ -122,6 +122,13 @@ def test_max_box_acc_equals_counting(seed: int, n: int, t: int) -> None:
         assert index == shares.index(max(shares))
 
 
+def test_curves_in_single_precision_reach_the_same_levels() -> None:
+    exactly = np.array([[0.3, 0.5, 0.7]], np.float32)  # as float64, the first and the last fall just beside
+    for levels in (IOU_THRESHOLDS, np.array(IOU_THRESHOLDS)):
+        accuracy, best = max_box_acc(exactly, levels)  # type: ignore[arg-type]
+        assert (accuracy.tolist(), best.tolist()) == ([100.0] * 3, [0, 1, 2])
+
+
 def test_empty_inputs_are_refused() -> None:
     for call in (
         lambda: max_box_acc(np.zeros((0, 5))),
@@ -212,6 +219,12 @@ def test_mask_iou_equals_counting_pixels(seed: int) -> None:
         inter = (above & (mask == 1)).sum()
         union = ((above & (mask == 0)) | (mask == 1)).sum()
         assert ours == pytest.approx(inter / union)
+
+
+def test_any_gray_above_one_half_is_object() -> None:
+    gray = np.array([[0, 1], [100, 255]], np.uint8)
+    assert combine_masks([gray], None, (2, 2)).tolist() == [[0, 1], [1, 1]]
+    assert combine_masks([gray / 255], None, (2, 2)).tolist() == [[0, 0], [0, 1]]
 
 
 def test_mask_iou_without_an_object_is_zero() -> None:

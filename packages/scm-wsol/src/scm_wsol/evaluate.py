@@ -38,6 +38,7 @@ FLOORS = {"whole image": lambda size: centred_box(1.0, size), "centred box 80 %"
 """Score maps that see nothing, by name: what a method has to beat."""
 
 KIND_NAMES = {"cam": "CAM", "att": "ATT", "tscam": "TS-CAM", "scm": "SCM"}
+MAP_NAMES = {"cam": "map S", "att": "map f", "tscam": "map S·f", "scm": "map S·minmax(f)"}
 METRIC_NAMES = {
     "top1_cls": "Top-1 Cls",
     "top5_cls": "Top-5 Cls",
@@ -95,14 +96,13 @@ class Evaluation:
         }
 
     def table(self, name: str) -> list[dict[str, Any]]:
-        """Rows for people: the model's maps, then the floors."""
+        """Rows for people: the model's own map, other maps of the same weights, then the floors."""
         rows = [
-            {"map": f"{name}: {KIND_NAMES.get(kind, kind)}", **_shown(protocol.compute())}
+            {"": name if kind == self.own else f"{name} weights, {MAP_NAMES.get(kind, kind)}"}
+            | _shown(protocol.compute())
             for kind, protocol in self.kinds.items()
         ]
-        return rows + [
-            {"map": floor, **_shown(protocol.compute())} for floor, protocol in self.floors.items()
-        ]
+        return rows + [{"": f"floor: {floor}"} | _shown(protocol.compute()) for floor, protocol in self.floors.items()]
 
 
 def _shown(metrics: dict[str, float]) -> dict[str, float]:

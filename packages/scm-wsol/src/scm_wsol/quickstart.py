@@ -1,4 +1,4 @@
-"""Ten things in four minutes: train TS-CAM and SCM from scratch on drawn creatures, and look at what they find.
+"""Train TS-CAM and SCM from scratch on drawn creatures, and look at what they find.
 
 ``python -m scm_wsol.quickstart`` or ``scm-wsol quickstart``. Nothing is downloaded.
 """
@@ -67,7 +67,7 @@ def quickstart_command(arguments: list[str]) -> None:
 def table_rows(evaluation: Evaluation, method: str, *, floors: bool = False) -> list[dict[str, Any]]:
     """The rows of one run, or its floors."""
     name = "SCM" if method == "scm" else "TS-CAM"
-    found = evaluation.table(f"{name} run")
+    found = evaluation.table(name)
     return found[len(evaluation.kinds) :] if floors else found[: len(evaluation.kinds)]
 
 

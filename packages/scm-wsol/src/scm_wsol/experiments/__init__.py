@@ -20,12 +20,28 @@ def _lazily(place: str) -> Callable[[list[str]], None]:
 REPRODUCTIONS: dict[str, Reproduction] = {
     name: Reproduction(summary=summary, run=_lazily(place))
     for name, place, summary in (
-        ("main-results", "main_results", "Top-1, Top-5 Loc and GT-known under all three protocols, beside published rows"),
-        ("maxboxacc", "maxboxacc", "supplement table 1: MaxBoxAccV1 and V2 on val and test, epochs chosen by either"),
+        (
+            "main-results",
+            "main_results",
+            "Top-k Loc and GT-known under all three protocols, beside published rows",
+        ),
+        (
+            "maxboxacc",
+            "maxboxacc",
+            "supplement table 1: MaxBoxAccV1 and V2 on val and test, epochs chosen by either",
+        ),
         ("ablate-ns", "ablate_ns", "supplement 1.1: one SCM per number of Newton-Schulz iterations"),
         ("fig-ns", "ablate_ns", "supplement figure 3, the plot of ablate-ns"),
-        ("combine-maps", "combine_maps", "supplement 1.2: all pairs of semantic and attention maps, in numbers"),
-        ("fig-grid", "combine_maps:figure_command", "supplement figure 2, the pictures of combine-maps alone"),
+        (
+            "combine-maps",
+            "combine_maps",
+            "supplement 1.2: all pairs of semantic and attention maps, in numbers",
+        ),
+        (
+            "fig-grid",
+            "combine_maps:figure_command",
+            "supplement figure 2, the pictures of combine-maps alone",
+        ),
         ("fig-diffusion", "fig_diffusion", "supplement figure 1: one attention map diffused by p iterations"),
         ("fig-qualitative", "fig_qualitative", "boxes, heat maps and masks of TS-CAM and SCM side by side"),
         ("synthetic", "synthetic", "the embedded default as files in the layout of CUB-200-2011"),

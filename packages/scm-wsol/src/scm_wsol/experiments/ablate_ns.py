@@ -25,7 +25,15 @@ from attnmap_core.pictures import line_plot, save_picture, threshold_curves
 from ..evaluate import METRIC_NAMES, Evaluation, evaluate_model
 from ..model import TSCAM
 from ..published import ABLATE_NS
-from .runs import RunOptions, experiment_data, mean_and_deviation, open_model, scale_note, trained, write_results
+from .runs import (
+    RunOptions,
+    experiment_data,
+    mean_and_deviation,
+    open_model,
+    scale_note,
+    trained,
+    write_results,
+)
 
 METRICS = ("gt_known", "threshold", "region_area", "max_box_acc_v2", "pxap")
 TITLES = METRIC_NAMES | {"threshold": "optimum τ", "region_area": "region area"}
@@ -55,10 +63,14 @@ def command(arguments: list[str]) -> None:
     options = cli.parse(Options, arguments, command="scm-wsol reproduce ablate-ns")
     counts = sorted(set(options.iterations))
     if not counts or counts[0] < 0:
-        raise InputError(f"--iterations {list(options.iterations)}: expected whole numbers from 0, such as 1 2 4 8 16")
+        raise InputError(
+            f"--iterations {list(options.iterations)}: expected whole numbers from 0, such as 1 2 4 8 16"
+        )
     config, data = experiment_data(options, options.recipe, options.split)
     if config.method != "scm":
-        raise InputError(f"--recipe {options.recipe}: its method is {config.method}; this table needs an SCM recipe")
+        raise InputError(
+            f"--recipe {options.recipe}: its method is {config.method}; this table needs an SCM recipe"
+        )
     cells: dict[int, dict[str, dict[str, float]]] = {}
     curves: dict[str, dict[float, Any]] = {}
     for p in counts:
@@ -66,7 +78,9 @@ def command(arguments: list[str]) -> None:
         for seed in options.seeds:
             changes = {"iterations": [p], "stable_shrink": options.stable_shrink}
             run = trained(options, options.out / f"p{p}", options.recipe, seed, **changes)
-            evaluation, metrics = measure(open_model(run.folder, options.device), data, run.config.threshold_step)
+            evaluation, metrics = measure(
+                open_model(run.folder, options.device), data, run.config.threshold_step
+            )
             measured.append(metrics)
             curves.setdefault(f"p = {p}", evaluation.kinds[evaluation.own].box_accuracy_curves())
         cells[p] = mean_and_deviation(measured, METRICS)
@@ -84,7 +98,9 @@ def command(arguments: list[str]) -> None:
         seed=options.seeds[0],
     )
     save_picture(figure(cells), options.out / "iterations.png")
-    save_picture(threshold_curves(curves, np.arange(0, 1, config.threshold_step)), options.out / "thresholds.png")
+    save_picture(
+        threshold_curves(curves, np.arange(0, 1, config.threshold_step)), options.out / "thresholds.png"
+    )
 
 
 def measure(model: TSCAM, data: ImageData, step: float) -> tuple[Evaluation, dict[str, float]]:
@@ -134,9 +150,15 @@ def figure(cells: dict[int, dict[str, dict[str, float]]]) -> Any:
         return [scale * cell[name][key] for cell in cells.values()]
 
     several = any(cell["gt_known"]["n"] > 1 for cell in cells.values())
-    lines = {"GT-known": ("gt_known", 1.0), "optimum τ": ("threshold", 1.0), "region area": ("region_area", 0.01)}
+    lines = {
+        "GT-known": ("gt_known", 1.0),
+        "optimum τ": ("threshold", 1.0),
+        "region area": ("region_area", 0.01),
+    }
     means = {title: column(name, "mean", scale) for title, (name, scale) in lines.items()}
-    spread = {title: column(name, "std", scale) for title, (name, scale) in lines.items()} if several else None
+    spread = (
+        {title: column(name, "std", scale) for title, (name, scale) in lines.items()} if several else None
+    )
     return line_plot(
         [str(p) for p in cells],
         {"GT-known": means.pop("GT-known")},

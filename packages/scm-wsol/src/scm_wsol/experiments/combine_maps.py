@@ -6,6 +6,7 @@ picture is due to training through the calibration, and what to the calibration 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,9 @@ def _run(options: Options) -> None:
         tables: dict[str, list[dict[str, Any]]] = {}
         for model, title in models.values():
             measured = measure(model, data, options.threshold, config.threshold_step)
-            rows += [{"weights": title, "S": i, "F": j, **_named(values)} for (i, j), values in measured.items()]
+            rows += [
+                {"weights": title, "S": i, "F": j, **_named(values)} for (i, j), values in measured.items()
+            ]
             tables |= {f"{METRIC_NAMES[name]}, {title}": matrix(measured, name) for name in METRICS}
         write_results(
             options.out,
@@ -92,26 +95,36 @@ def _run(options: Options) -> None:
                 "Top-1 Loc and GT-known at the model's own threshold, MaxBoxAccV1 at the best of each pair. S⁰, F⁰ is "
                 "what the method uses. No numbers are published.",
                 None if "control" in models else "No control: --control names the TS-CAM for it.",
-                scale_note(config),
+                scale_note(config, given=_given(options)),
             ],
             tables=tables,
             digits={"τ": 2},
             seed=options.seed,
         )
+    else:
+        sys.stdout.write(f"{options.out}\n")
 
 
 def _models(options: Options, data: ImageData) -> Iterator[tuple[str, tuple[SCM, str]]]:
     model = given_or_trained(options, options.model, data, options.out / "scm", options.recipe, options.seed)
     if not isinstance(model, SCM):
-        raise InputError(f"{options.model or options.recipe}: is {type(model).__name__}; expected a trained SCM")
+        raise InputError(
+            f"{options.model or options.recipe}: is {type(model).__name__}; expected a trained SCM"
+        )
     yield "scm", (model, "SCM")
     if options.control or not options.model:
         plain = given_or_trained(
             options, options.control, data, options.out / "tscam", options.control_recipe, options.seed
         )
         if isinstance(plain, SCM):
-            raise InputError(f"{options.control or options.control_recipe}: is an SCM; expected a trained TS-CAM")
+            raise InputError(
+                f"{options.control or options.control_recipe}: is an SCM; expected a trained TS-CAM"
+            )
         yield "control", (untrained_like(model, plain), "TS-CAM weights, untrained SCM")
+
+
+def _given(options: Options) -> tuple[str, ...]:
+    return (options.model, *([options.control] if options.control or not options.model else []))
 
 
 def untrained_like(model: SCM, plain: TSCAM) -> SCM:
@@ -163,7 +176,9 @@ def measure(
 
 
 def _named(values: dict[str, float]) -> dict[str, float]:
-    return {METRIC_NAMES[name]: values[name] for name in (*METRICS, "max_box_acc_v2")} | {"τ": values["threshold"]}
+    return {METRIC_NAMES[name]: values[name] for name in (*METRICS, "max_box_acc_v2")} | {
+        "τ": values["threshold"]
+    }
 
 
 def matrix(measured: dict[tuple[int, int], dict[str, float]], name: str) -> list[dict[str, Any]]:
@@ -186,7 +201,8 @@ def draw(model: SCM, data: ImageData, index: int, threshold: float | None = None
     S, F = model.calibrated(maps)
     combined = model.combined_maps(maps, torch.tensor([[sample.label]], device=device))[0, 0]
     grids, rows, columns = (
-        upsample_score_map(raw.double().cpu().numpy(), size) for raw in (combined, S[:, 0, sample.label], F[:, 0])
+        upsample_score_map(raw.double().cpu().numpy(), size)
+        for raw in (combined, S[:, 0, sample.label], F[:, 0])
     )
     captions = None
     if len(sample.boxes_xyxy):

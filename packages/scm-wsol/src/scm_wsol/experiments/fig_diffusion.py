@@ -23,10 +23,18 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..calibration import ALPHA, dynamic_filter, grid_laplacian, minmax, modulated_laplacian, newton_schulz, similarity
+from ..calibration import (
+    ALPHA,
+    dynamic_filter,
+    grid_laplacian,
+    minmax,
+    modulated_laplacian,
+    newton_schulz,
+    similarity,
+)
 from ..model import SCM, TSCAM
 from ..train import build_model
-from .runs import RunOptions, check_images, experiment_data, given_or_trained, scale_note, write_results
+from .runs import RunOptions, check_images, experiment_data, given_or_trained, write_results
 
 Floats = NDArray[np.float64]
 
@@ -76,7 +84,9 @@ def command(arguments: list[str]) -> None:
     options = cli.parse(Options, arguments, command="scm-wsol reproduce fig-diffusion")
     counts = sorted(set(options.iterations))
     if not counts or not 0 < counts[0] <= counts[-1] <= 64:
-        raise InputError(f"--iterations {list(options.iterations)}: expected whole numbers 1 to 64, such as 1 2 4 8 16")
+        raise InputError(
+            f"--iterations {list(options.iterations)}: expected whole numbers 1 to 64, such as 1 2 4 8 16"
+        )
     if not options.alpha > 0:
         raise InputError(f"--alpha {options.alpha}: expected a number above 0, such as {ALPHA}")
     config, data = experiment_data(options, options.recipe, options.split)
@@ -100,8 +110,7 @@ def command(arguments: list[str]) -> None:
         notes=[
             f"residual: ‖X V − I‖_F / √n, n = {len(found.singular)}; d = V F⁰; p = 0 is the start value α Xᵀ. Singular "
             f"values of X: {low:.2g} to {high:.3g}; α σ_max² = {options.alpha * high**2:.2g}, which must stay below 2.",
-            f"Weights: {options.model or 'fresh'}.",
-            scale_note(config),
+            f"Weights: {options.model or f'fresh, of {options.recipe}'}.",
         ],
         digits={"residual": 4, "max |V|": 3},
         seed=options.seed,
@@ -145,7 +154,9 @@ def diffuse(model: TSCAM, image: Tensor, counts: Sequence[int], alpha: float) ->
     return Diffused(
         maps={"F⁰": grid(F0)} | {name: grid(d) for name, d in diffused.items()},
         filtered={name: grid(dynamic_filter(d, F0, beta, stable=True)) for name, d in diffused.items()},
-        residuals={name: float((X @ V - identity).norm() / len(identity) ** 0.5) for name, V in inverses.items()},
+        residuals={
+            name: float((X @ V - identity).norm() / len(identity) ** 0.5) for name, V in inverses.items()
+        },
         largest={name: float(V.abs().max()) for name, V in inverses.items()},
         singular=torch.linalg.svdvals(X)[0].numpy(),
     )
@@ -159,7 +170,9 @@ def figure(photo: Any, found: Diffused, size: tuple[int, int]) -> Any:
 
     names = list(found.maps)
     captions = [[f"{d.min():.2g} to {d.max():.2g}" for d in found.maps.values()]]
-    captions.append([""] + [f"{100 * (found.filtered[name] > 0.5).mean():.0f} % above 0.5" for name in names[1:]])
+    captions.append(
+        [""] + [f"{100 * (found.filtered[name] > 0.5).mean():.0f} % above 0.5" for name in names[1:]]
+    )
     return picture_grid(
         [
             [picture(d) for d in found.maps.values()],
@@ -184,8 +197,8 @@ def gain_figure(counts: Sequence[int], alpha: float, singular: Floats) -> Any:
     plot = line_plot(
         sigma.tolist(),
         lines | {"exact, 1/σ": (1 / sigma).tolist()},
-        x_label="singular value σ of X",
-        y_label="gain g_p(σ)",
+        x_label="singular value σ of X (ticks: of this image)",
+        y_label="gain $g_p(σ)$",
         title=f"Newton-Schulz, α = {alpha:g}",
     )
     axes = plot.axes[0]
@@ -193,7 +206,9 @@ def gain_figure(counts: Sequence[int], alpha: float, singular: Floats) -> Any:
     axes.set_yscale("log")
     inside = singular[(singular >= sigma[0]) & (singular <= high)]
     bottom, top = axes.get_ylim()
-    axes.plot(inside, np.full(len(inside), bottom), "|", color="#3f4752", markersize=12, alpha=0.5, clip_on=False)
+    axes.plot(
+        inside, np.full(len(inside), bottom), "|", color="#3f4752", markersize=12, alpha=0.5, clip_on=False
+    )
     axes.set_ylim(bottom, top)
     axes.lines[len(lines)].set_linestyle("--")
     return plot

@@ -1,4 +1,4 @@
-"""What TS-CAM and SCM see in the same photos: boxes, heat map, region above the threshold, and the two maps behind it."""
+"""What TS-CAM and SCM see in the same photos: boxes, heat map, region above the threshold, the maps behind it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def command(arguments: list[str]) -> None:
     if not options.images:
         raise InputError("--images: expected at least one place in the split, such as 0 1 2")
     if options.threshold is not None and not 0 <= options.threshold < 1:
-        raise InputError(f"--threshold {options.threshold}: expected a share of the maximum from 0 to below 1")
+        raise InputError(
+            f"--threshold {options.threshold}: expected a share of the maximum from 0 to below 1"
+        )
     config, data = experiment_data(options, options.scm_recipe, options.split)
     check_images(options.images, data)
     models = [
@@ -87,13 +89,17 @@ def command(arguments: list[str]) -> None:
             rows.append({"image": sample.image_id, "method": name, **facts})
     columns = ["truth and prediction", "heat map S⁰ ⊙ F", "above τ", "semantic map S⁰", "attention map F"]
     save_picture(
-        picture_grid(cells, titles, columns, captions=captions, cell_size=200), options.out / "qualitative.png"
+        picture_grid(cells, titles, columns, captions=captions, cell_size=200),
+        options.out / "qualitative.png",
     )
     write_results(
         options.out,
         rows,
         title=f"Single images of {data.name}, {data.split}",
-        notes=["Map and box of the true class; IoU in pixels of the photo.", scale_note(config)],
+        notes=[
+            "Map and box of the true class; IoU in pixels of the photo.",
+            scale_note(config, given=(options.tscam, options.scm)),
+        ],
         digits={"IoU": 2, "τ": 2},
         seed=options.seed,
     )

@@ -55,7 +55,9 @@ def command(arguments: list[str]) -> None:
     notes: list[str | None] = []
     for recipe in options.recipes:
         runs = [
-            trained(options, options.out / Path(recipe).stem, recipe, seed, protocols=["standard", "scm", "tscam"])
+            trained(
+                options, options.out / Path(recipe).stem, recipe, seed, protocols=["standard", "scm", "tscam"]
+            )
             for seed in options.seeds
         ]
         rows += method_rows(recipe, runs)
@@ -66,7 +68,7 @@ def command(arguments: list[str]) -> None:
         title="Main results, test split, percent",
         notes=[
             "Protocol standard: map of the true class, best threshold; scm: map of the predicted class, best threshold "
-            "of each number; tscam: map of the true class, fixed threshold. Published: tables next to the authors' code.",
+            "of each number; tscam: map of the true class, fixed threshold. Published: tables by the authors' code.",
             *dict.fromkeys(notes),
         ],
         digits={"τ": 2},
@@ -78,7 +80,10 @@ def method_rows(recipe: str, runs: list[Run]) -> list[dict[str, Any]]:
     """One row per protocol, then the published one."""
     config = runs[0].config
     name = KIND_NAMES[config.method]
-    shared = {"seeds": len(runs), "p": " ".join(map(str, config.iterations)) if config.method == "scm" else None}
+    shared = {
+        "seeds": len(runs),
+        "p": " ".join(map(str, config.iterations)) if config.method == "scm" else None,
+    }
     rows: list[dict[str, Any]] = []
     for protocol in ("standard", "scm", "tscam"):
         cells = mean_and_deviation([protocol_metrics(run, protocol) for run in runs], METRICS)
@@ -91,8 +96,9 @@ def method_rows(recipe: str, runs: list[Run]) -> list[dict[str, Any]]:
         )
     if config.method in PUBLISHED:
         row, protocol = PUBLISHED[config.method]
-        data_set = "ilsvrc" if config.data.startswith("imagenet") or Path(recipe).stem.startswith("ilsvrc") else "cub"
-        known = {"method": f"{row}, published", "data": data_set.upper(), "protocol": protocol, "seeds": None, "p": None}
+        of_imagenet = config.data.startswith("imagenet") or Path(recipe).stem.startswith("ilsvrc")
+        data_set = "ilsvrc" if of_imagenet else "cub"
+        known = {"method": f"{row}, published", "data": data_set.upper(), "protocol": protocol}
         rows.append(known | _titled(LOCALIZATION[data_set][row]))
     return rows
 

@@ -46,7 +46,9 @@ def command(arguments: list[str]) -> None:
     for recipe in options.recipes:
         config = load_recipe("scm_wsol", recipe, ScmConfig, options.overrides())
         if config.select_on != "val":
-            raise InputError(f"select_on {config.select_on} of {recipe}: this table chooses epochs on val; leave it so")
+            raise InputError(
+                f"select_on {config.select_on} of {recipe}: this table chooses epochs on val; leave it so"
+            )
     rows: list[dict[str, Any]] = []
     notes: list[str | None] = []
     for recipe in options.recipes:
@@ -59,9 +61,9 @@ def command(arguments: list[str]) -> None:
         rows + published_rows(),
         title="MaxBoxAcc, percent",
         notes=[
-            "Each number at its own best threshold on the split it is measured on. Published (supplement, table 1), CUB: "
-            "the text names CUBV2, but SCM's V1 equals its GT-known on test to the digit; rows other than TS-CAM and "
-            "SCM are quoted there from other papers.",
+            "Each number at its own best threshold on the split it is measured on. Published (supplement, table 1): "
+            "CUB; the text names CUBV2, but SCM's V1 equals its GT-known on test to the digit; rows other than TS-CAM "
+            "and SCM are quoted there from other papers.",
             *dict.fromkeys(notes),
         ],
         seed=options.seeds[0],
@@ -81,7 +83,7 @@ def best_epoch(run: Run, metric: str) -> int:
     """Place of the first best epoch in the history: the one that the loop keeps."""
     values = [record["metrics"].get(metric) if "metrics" in record else None for record in run.epochs()]
     if all(value is None for value in values):
-        raise InputError(f"{run.folder}: {metric} was not measured on val; this table needs validation images with boxes")
+        raise InputError(f"{run.folder}: no {metric} on val; this table needs validation images with boxes")
     return int(np.argmax([-1.0 if value is None else value for value in values]))
 
 
@@ -96,7 +98,9 @@ def run_rows(selection: str, runs: list[Run]) -> list[dict[str, Any]]:
     }
     splits = {"val": [record["metrics"] for record in records], "test": [run.own() for run in runs]}
     return [
-        shared | {"split": split} | {METRIC_NAMES[n]: c for n, c in mean_and_deviation(measured, METRICS).items()}
+        shared
+        | {"split": split}
+        | {METRIC_NAMES[n]: c for n, c in mean_and_deviation(measured, METRICS).items()}
         for split, measured in splits.items()
     ]
 

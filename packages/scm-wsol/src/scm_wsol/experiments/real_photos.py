@@ -21,7 +21,16 @@ from attnmap_core.recipes import run_record
 from ..evaluate import KIND_NAMES, METRIC_NAMES, format_table
 from .runs import mean_and_deviation, run_once, shown
 
-METRICS = ("top1_cls", "top1_loc", "box_acc_iou30", "gt_known", "box_acc_iou70", "max_box_acc_v2", "pxap", "miou")
+METRICS = (
+    "top1_cls",
+    "top1_loc",
+    "box_acc_iou30",
+    "gt_known",
+    "box_acc_iou70",
+    "max_box_acc_v2",
+    "pxap",
+    "miou",
+)
 LONG: dict[str, Any] = {"epochs": 10, "decay_epochs": [8]}
 LARGE: dict[str, Any] = {"image_size": 224, "resize": 256}
 FAST_SCALARS: dict[str, Any] = {"detach_ns_init": False, "lr_scales": {"calibration.*": 100.0}}
@@ -92,7 +101,9 @@ def command(arguments: list[str]) -> None:
     write_json(options.out / "results.json", results | {"record": run_record(options.seeds[0])})
     table = markdown(results)
     write_text(options.out / "table.md", table)
-    sys.stdout.write(format_table([dict(zip(("row", *header()), line)) for line in table_rows(results)]) + "\n")
+    sys.stdout.write(
+        format_table([dict(zip(("row", *header()), line)) for line in table_rows(results)]) + "\n"
+    )
 
 
 def slug(row: str) -> str:
@@ -105,7 +116,9 @@ def gather(out: Path) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     floors: dict[str, Any] = {}
     for row in ROWS:
-        found = {path.parent.name: read_json(path) for path in sorted((out / slug(row)).glob("seed*/metrics.json"))}
+        found = {
+            path.parent.name: read_json(path) for path in sorted((out / slug(row)).glob("seed*/metrics.json"))
+        }
         if not found:
             continue
         runs = list(found.values())
@@ -117,7 +130,10 @@ def gather(out: Path) -> dict[str, Any]:
                          "values": [{name: run[name] for name in METRICS} for run in measured]})  # fmt: skip
     if not rows:
         raise InputError(f"{out}: no finished run; run without --table-only first")
-    return {"rows": rows, "floors": {name: {m: v for m, v in f.items() if m in METRICS} for name, f in floors.items()}}
+    return {
+        "rows": rows,
+        "floors": {name: {m: v for m, v in f.items() if m in METRICS} for name, f in floors.items()},
+    }
 
 
 def header() -> list[str]:

@@ -1,4 +1,4 @@
-"""What the experiments share: training runs that are done once, means over seeds, and results for people and programs."""
+"""What the experiments share: training runs done once, means over seeds, results for people and programs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ class RunOptions:
 
     data: str = ""
     """Data source; the recipe's own where not given."""
-    data_options: dict[str, bool | int | float | str] = field(default_factory=dict[str, bool | int | float | str])
+    data_options: dict[str, bool | int | float | str] = field(
+        default_factory=dict[str, bool | int | float | str]
+    )
     """Options of the data source, such as split_file."""
     weights: str = ""
     """Local file of pretrained backbone weights, instead of what the recipe says."""
@@ -136,13 +138,17 @@ def check_images(images: Sequence[int], data: ImageData) -> None:
     """Indices must lie in the data."""
     for index in images:
         if not 0 <= index < len(data):
-            raise InputError(f"--images {index}: no such image; {data.name}, {data.split} has 0 to {len(data) - 1}")
+            raise InputError(
+                f"--images {index}: no such image; {data.name}, {data.split} has 0 to {len(data) - 1}"
+            )
 
 
 # --- Numbers ------------------------------------------------------------------------------------------------------
 
 
-def mean_and_deviation(rows: Sequence[Mapping[str, float]], names: Iterable[str]) -> dict[str, dict[str, float]]:
+def mean_and_deviation(
+    rows: Sequence[Mapping[str, float]], names: Iterable[str]
+) -> dict[str, dict[str, float]]:
     """Mean and standard deviation (n - 1) over seeds, of the metrics that all rows have."""
     result: dict[str, dict[str, float]] = {}
     for name in names:
@@ -164,17 +170,29 @@ def shown(cell: Mapping[str, float] | None, digits: int = 1) -> str:
 # --- Results ------------------------------------------------------------------------------------------------------
 
 
-def scale_note(config: ScmConfig) -> str | None:
-    """How far a run on the embedded default is from the paper; None on other data."""
+def scale_note(config: ScmConfig, given: Sequence[str] = ()) -> str | None:
+    """How far a run on the embedded default is from the paper; None on other data.
+
+    Args:
+        config: of what is trained here.
+        given: names of models that were not trained here; empty names count as none.
+    """
     if not config.data.startswith("synthetic"):
         return None
     options = config.backbone_options
-    sizes = ", ".join(f"{name} {options[name]}" for name in ("depth", "embed_dim", "patch_size") if name in options)
+    sizes = ", ".join(
+        f"{name} {options[name]}" for name in ("depth", "embed_dim", "patch_size") if name in options
+    )
+    start = "" if config.weights or config.pretrained else " from random weights"
+    model = (
+        f"{config.backbone}{f' ({sizes})' if sizes else ''} at {config.image_size} px{start}, {config.epochs} epochs at "
+        f"batch {config.batch_size}"
+    )
+    models = [*filter(None, given), *([] if given and all(given) else [model])]
     return (
-        f"Reduced scale: {config.data}; {config.backbone}{f' ({sizes})' if sizes else ''} at {config.image_size} px"
-        f"{'' if config.weights or config.pretrained else ' from random weights'}, {config.epochs} epochs at batch "
-        f"{config.batch_size}. The paper: DeiT-S at 224 px with ImageNet weights, on CUB-200-2011 and ILSVRC2012. "
-        "These numbers show that everything runs; they cannot be compared with published ones."
+        f"Reduced scale: {config.data}; {'; '.join(models)}. The paper: DeiT-S at 224 px with ImageNet weights, on "
+        "CUB-200-2011 and ILSVRC2012. These numbers show that everything runs; they cannot be compared with published "
+        "ones."
     )
 
 
@@ -208,10 +226,12 @@ def write_results(
     write_json(out / "table.json", {"title": title, "rows": list(rows), "notes": said, "record": record})
     write_text(out / "table.csv", _csv(rows))
     written, printed = [f"# {title}"], [title]
-    for name, part in (tables or {"": rows}).items():
-        texts = [{column: _shown(value, (digits or {}).get(column, 1)) for column, value in row.items()} for row in part]
-        written += [f"## {name}"] * bool(name) + [_markdown(texts)]
-        printed += [f"\n{name}"] * bool(name) + [format_table(texts)]
+    for heading, part in (tables or {"": rows}).items():
+        texts = [
+            {name: _shown(value, (digits or {}).get(name, 1)) for name, value in row.items()} for row in part
+        ]
+        written += [f"## {heading}"] * bool(heading) + [_markdown(texts)]
+        printed += [f"\n{heading}"] * bool(heading) + [format_table(texts)]
     write_text(out / "table.md", "\n\n".join([*written, *said]) + "\n")
     sys.stdout.write("\n".join([*printed, *(f"\n{note}" for note in said), f"\n{out}"]) + "\n")
 
@@ -239,7 +259,9 @@ def _csv(rows: Sequence[Row]) -> str:
                 line[name] = value
         flat.append(line)
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for line in flat for name in line)), lineterminator="\n")
+    writer = csv.DictWriter(
+        text, list(dict.fromkeys(name for line in flat for name in line)), lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows(flat)
     return text.getvalue()

@@ -43,7 +43,9 @@ def command(arguments: list[str]) -> None:
     splits = [split for split in SPLITS if spec.size_of(split)]
     for needed in ("train", "test"):
         if needed not in splits:
-            raise InputError(f"--data {options.data}: no images in {needed}, which CUB has; give {needed}=... above 0")
+            raise InputError(
+                f"--data {options.data}: no images in {needed}, which CUB has; give {needed}=... above 0"
+            )
     new_output_folder(options.out, overwrite=options.overwrite)
     with atomic_folder(options.out) as folder:
         counts = write_cub({split: load_data(options.data, split) for split in splits}, folder)
@@ -66,7 +68,9 @@ def write_cub(splits: Mapping[str, ImageData], folder: Path) -> dict[str, int]:
     """
     root = folder / "CUB_200_2011"
     labels = next(iter(splits.values())).labels
-    folders = [f"{number:03d}.{re.sub(r'[^A-Za-z0-9]+', '_', name)}" for number, name in enumerate(labels, start=1)]
+    folders = [
+        f"{number:03d}.{re.sub(r'[^A-Za-z0-9]+', '_', name)}" for number, name in enumerate(labels, start=1)
+    ]
     official: dict[str, list[str]] = {name: [] for name in OFFICIAL}
     counts: dict[str, int] = {}
     for split, data in splits.items():
@@ -79,7 +83,9 @@ def write_cub(splits: Mapping[str, ImageData], folder: Path) -> dict[str, int]:
                 _add_official(official, split, image_id, sample)
         _write_metadata(folder / "metadata", split, lists)
         if split == "val":
-            _write_lines(root / "CUBV2" / "val", lists, ("image_ids", "class_labels", "image_sizes", "localization"))
+            _write_lines(
+                root / "CUBV2" / "val", lists, ("image_ids", "class_labels", "image_sizes", "localization")
+            )
         counts[split] = len(data)
     names = [f"{number} {name}" for number, name in enumerate(labels, start=1)]
     _write_lines(root, official | {"classes": names}, (*OFFICIAL, "classes"))
@@ -89,7 +95,16 @@ def write_cub(splits: Mapping[str, ImageData], folder: Path) -> dict[str, int]:
 
 
 OFFICIAL = ("images", "image_class_labels", "train_test_split", "bounding_boxes", "image_sizes")
-LISTS = ("image_ids", "class_labels", "image_sizes", "localization", "mask_ids", "mask_labels", "mask_sizes", "masks")
+LISTS = (
+    "image_ids",
+    "class_labels",
+    "image_sizes",
+    "localization",
+    "mask_ids",
+    "mask_labels",
+    "mask_sizes",
+    "masks",
+)
 
 
 def _write_images(root: Path, split: str, image_id: str, sample: Sample) -> None:
@@ -122,7 +137,8 @@ def _add_official(rows: dict[str, list[str]], split: str, image_id: str, sample:
 def _add_to_lists(rows: dict[str, list[str]], split: str, image_id: str, sample: Sample) -> None:
     box = ",".join(map(repr, sample.boxes_xyxy[0].tolist()))
     width, height = sample.image.size
-    inside = _image_root(split) + image_id  # masks lie beside the image folders, so these ids start above them
+    # Masks lie beside the image folders, so the ids of the mask lists start above both.
+    inside = _image_root(split) + image_id
     for name, row in (
         ("image_ids", image_id),
         ("class_labels", f"{image_id},{sample.label}"),
@@ -138,7 +154,9 @@ def _add_to_lists(rows: dict[str, list[str]], split: str, image_id: str, sample:
 
 def _write_metadata(metadata: Path, split: str, lists: Mapping[str, list[str]]) -> None:
     _write_lines(metadata / "CUB" / split, lists, LISTS[:4])
-    _write_lines(metadata / "CUB-masks" / split, dict(zip(LISTS[:4], (lists[name] for name in LISTS[4:]))), LISTS[:4])
+    _write_lines(
+        metadata / "CUB-masks" / split, dict(zip(LISTS[:4], (lists[name] for name in LISTS[4:]))), LISTS[:4]
+    )
 
 
 def _write_lines(folder: Path, rows: Mapping[str, list[str]], names: Iterable[str]) -> None:
