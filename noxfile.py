@@ -44,7 +44,7 @@ def pytest(session: nox.Session, *arguments: str | Path) -> None:
 def quickstart(session: nox.Session) -> None:
     """Train two tiny models on the embedded default and show what they find: at most 4 minutes on 2 cores."""
     install_tree(session, "scm-wsol", extras="train")
-    session.run("python", "-m", "scm_wsol.quickstart", "--output-dir", "quickstart", *session.posargs)
+    session.run("python", "-m", "scm_wsol.quickstart", "--output-dir", "quickstart", "--overwrite", *session.posargs)
 
 
 @nox.session

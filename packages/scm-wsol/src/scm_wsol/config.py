@@ -95,7 +95,8 @@ class ScmConfig(TrainConfig):
             )
         if len(self.iterations) not in (1, self.calibration_blocks):
             raise InputError(
-                f"iterations {list(self.iterations)}: expected 1 or {self.calibration_blocks} numbers (calibration_blocks)"
+                f"iterations {list(self.iterations)}: expected 1 number, or one for each of {self.calibration_blocks} "
+                "calibration_blocks"
             )
 
     def source_options(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from typing import Any
 from attnmap_core import cli
 from attnmap_core.data.sources import load_data
 from attnmap_core.files import new_output_folder, write_json
-from attnmap_core.pictures import save_picture
+from attnmap_core.pictures import contact_sheet, save_picture
 from attnmap_core.recipes import load_recipe
+from attnmap_core.report import Tile
+from PIL import Image
 
 from .config import ScmConfig
 from .evaluate import Evaluation, format_table
-from .train import train
+from .report import case_tiles
+from .train import load_split, train
 
 RUNS = {"tscam": "tiny-tscam", "scm": "tiny-scm"}
 FRESH = "synthetic:image_size=64,seed=1,test=24"
@@ -32,7 +36,7 @@ class QuickstartOptions:
 
     output_dir: Path = Path("quickstart")
     """Folder for both runs, the table and the predictions."""
-    overwrite: bool = True
+    overwrite: bool = False
     """Replace an earlier quickstart there."""
     epochs: int | None = None
     """Epochs of each run; the recipe's own where not given."""
@@ -55,12 +59,13 @@ def quickstart_command(arguments: list[str]) -> None:
         floors = table_rows(evaluation, method, floors=True)
     table = format_table(rows + floors)
     write_json(out / "table.json", rows + floors)
+    save_picture(examples(out), out / "examples.png")
     photos = draw_fresh_photos(out / "photos")
     shown = cli_predict(out, photos)
+    pages = [out / "tscam" / "report.html", out / "scm" / "report.html", Path(shown), out / "examples.png"]
     sys.stdout.write(
         f"\nTest split of the embedded default, percent; floors are maps that see nothing.\n\n{table}\n\n"
-        f"Look at   {out / 'tscam' / 'report.html'}\n          {out / 'scm' / 'report.html'}\n          {shown}\n"
-        f"Done in {time.perf_counter() - began:.0f} s.\n"
+        f"Look at {', '.join(map(str, pages))}\nDone in {time.perf_counter() - began:.0f} s.\n"
     )
 
 
@@ -69,6 +74,24 @@ def table_rows(evaluation: Evaluation, method: str, *, floors: bool = False) -> 
     name = "SCM" if method == "scm" else "TS-CAM"
     found = evaluation.table(name)
     return found[len(evaluation.kinds) :] if floors else found[: len(evaluation.kinds)]
+
+
+def examples(out: Path, images: Sequence[int] = (0, 1, 3, 5, 6, 7)) -> Image.Image:
+    """Test images with true and predicted box, and the score maps of both methods beside them."""
+    from .cli import load_model
+
+    columns: dict[str, list[Tile]] = {}
+    for method in RUNS:
+        config = load_recipe("scm_wsol", str(out / method / "recipe.toml"), ScmConfig)
+        model = load_model(str(out / method / "model"))
+        columns[method] = case_tiles(model, load_split(config, "test"), images, {})
+    pictures: list[Image.Image] = []
+    captions: list[str] = []
+    for tscam, scm in zip(columns["tscam"], columns["scm"]):
+        for tile, name in ((tscam, "TS-CAM"), (scm, "SCM")):
+            pictures += tile.pictures
+            captions += [f"{name}: {tile.caption.splitlines()[0]}", f"{name}: score map"]
+    return contact_sheet(pictures, captions, columns=4, tile_size=190)
 
 
 def draw_fresh_photos(folder: Path) -> Path:
