@@ -6,6 +6,7 @@ hard-links what it has downloaded into each environment, so one more of them wit
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -44,7 +45,9 @@ def pytest(session: nox.Session, *arguments: str | Path) -> None:
 def quickstart(session: nox.Session) -> None:
     """Train two tiny models on the embedded default and show what they find: at most 4 minutes on 2 cores."""
     install_tree(session, "scm-wsol", extras="train")
-    session.run("python", "-m", "scm_wsol.quickstart", "--output-dir", "quickstart", "--overwrite", *session.posargs)
+    session.run(
+        "python", "-m", "scm_wsol.quickstart", "--output-dir", "quickstart", "--overwrite", *session.posargs
+    )
 
 
 @nox.session
@@ -141,6 +144,39 @@ def check_wheel(session: nox.Session, folder: Path, dist: Path) -> Path:
     if not {"LICENSE", "py.typed"} <= {path.name for path in packed}:
         session.error(f"{wheel.name} lacks LICENSE or py.typed")
     return wheel
+
+
+@nox.session(venv_backend="none")
+def release(session: nox.Session) -> None:
+    """Check that a tag may be released, `nox -s release -- scm-wsol==0.1.0`: version and changelog agree."""
+    projects = (nox.project.load_toml(folder / "pyproject.toml")["project"] for folder in FOLDERS.values())
+    versions = {project["name"]: project["version"] for project in projects}
+    for tag in session.posargs:
+        name, _, version = tag.partition("==")
+        if versions.get(name) != version:
+            session.error(
+                f"{tag}: no such package and version in the pyproject.toml files, which say {versions}"
+            )
+        folder = dict(zip(versions, FOLDERS.values()))[name]
+        changes = (folder / "CHANGELOG.md").read_text(encoding="utf-8")
+        if not re.search(rf"^## {re.escape(version)} - \d{{4}}-\d\d-\d\d$", changes, re.MULTILINE):
+            session.error(
+                f"{tag}: CHANGELOG.md has no heading '## {version} - YYYY-MM-DD'; write the entry first"
+            )
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Run benchmarks by name, `nox -s bench -- wsol_evaluation --rounds 5`, or all; results in benchmarks/."""
+    names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), session.posargs))
+    options = session.posargs[len(names) :]
+    if unknown := set(names) - set(BENCHMARKS):
+        session.error(f"no benchmark {sorted(unknown)}; there are {sorted(BENCHMARKS)}")
+    chosen = [BENCHMARKS[name] for name in names] or list(BENCHMARKS.values())
+    install_tree(session, *FOLDERS)
+    session.install(*(peer for script in chosen for peer in nox.project.load_toml(script)["dependencies"]))
+    for script in chosen:
+        session.run("python", str(script), *options, env=ONE_THREAD)
 
 
 @nox.session(venv_backend="none")

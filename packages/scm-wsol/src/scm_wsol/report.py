@@ -156,7 +156,7 @@ def card_facts(
         "package": "scm_wsol",
         "title": f"{method_name(model)}, {config.backbone}",
         "summary": "Class, heat map and box of one object per photo, trained on image labels only.",
-        "limits": "One object of a known class per photo; the box bounds what exceeds a share of the score map's maximum.",
+        "limits": "One object of a known class per photo; the box bounds what exceeds a share of the map's maximum.",
         "metrics": metrics,
         "recipe": (Path(config.output_dir) / "recipe.toml").name,
         "train_command": record["command"],

@@ -185,8 +185,8 @@ def scale_note(config: ScmConfig, given: Sequence[str] = ()) -> str | None:
     )
     start = "" if config.weights or config.pretrained else " from random weights"
     model = (
-        f"{config.backbone}{f' ({sizes})' if sizes else ''} at {config.image_size} px{start}, {config.epochs} epochs at "
-        f"batch {config.batch_size}"
+        f"{config.backbone}{f' ({sizes})' if sizes else ''} at {config.image_size} px{start}, "
+        f"{config.epochs} epochs at batch {config.batch_size}"
     )
     models = [*filter(None, given), *([] if given and all(given) else [model])]
     return (
