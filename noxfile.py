@@ -68,7 +68,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check the types with pyright: strict for core, standard for the packages."""
+    """Check the types of all packages with pyright, strict."""
     install_tree(session, *FOLDERS, extras="train,test,trackers,demo")
     session.install(*nox.project.dependency_groups(TOOLS, "types"))
     session.run("pyright", "--project", str(ROOT / "pyproject.toml"), *session.posargs)
@@ -95,9 +95,9 @@ def slow(session: nox.Session) -> None:
     pytest(session, "-m", "slow")
 
 
-@nox.session
+@nox.session(python="3.11")
 def lowest(session: nox.Session) -> None:
-    """Test with the lowest version that each package states of each of its dependencies."""
+    """Test with the lowest version that each package states of each dependency, on the lowest Python."""
     session.env["UV_RESOLUTION"] = "lowest-direct"
     install_tree(session, *FOLDERS)
     session.run("uv", "pip", "list", external=True)
@@ -177,35 +177,3 @@ def bench(session: nox.Session) -> None:
     session.install(*(peer for script in chosen for peer in nox.project.load_toml(script)["dependencies"]))
     for script in chosen:
         session.run("python", str(script), *options, env=ONE_THREAD)
-
-
-@nox.session(venv_backend="none")
-def release(session: nox.Session) -> None:
-    """Check that a tag may be released, `nox -s release -- scm-wsol==0.1.0`: version and changelog agree."""
-    projects = (nox.project.load_toml(folder / "pyproject.toml")["project"] for folder in FOLDERS.values())
-    versions = {project["name"]: project["version"] for project in projects}
-    for tag in session.posargs:
-        name, _, version = tag.partition("==")
-        if versions.get(name) != version:
-            session.error(
-                f"{tag}: no such package and version in the pyproject.toml files, which say {versions}"
-            )
-        folder = dict(zip(versions, FOLDERS.values()))[name]
-        changes = (folder / "CHANGELOG.md").read_text(encoding="utf-8")
-        if not re.search(rf"^## {re.escape(version)} - \d{{4}}-\d\d-\d\d$", changes, re.MULTILINE):
-            session.error(
-                f"{tag}: CHANGELOG.md has no heading '## {version} - YYYY-MM-DD'; write the entry first"
-            )
-
-
-@nox.session
-def bench(session: nox.Session) -> None:
-    """Run benchmarks by name, `nox -s bench -- boxes`, or all; what they write goes to benchmarks/results."""
-    names = session.posargs or list(BENCHMARKS)
-    if unknown := set(names) - set(BENCHMARKS):
-        session.error(f"no benchmark {sorted(unknown)}; there are {sorted(BENCHMARKS)}")
-    peers = (nox.project.load_toml(BENCHMARKS[name])["dependencies"] for name in names)  # its PEP 723 header
-    install_tree(session, *FOLDERS)
-    session.install(*sorted({peer for of_one in peers for peer in of_one}))
-    for name in names:
-        session.run("python", str(BENCHMARKS[name]), env=ONE_THREAD)

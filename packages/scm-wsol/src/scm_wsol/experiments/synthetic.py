@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,98 +68,71 @@ def write_cub(splits: Mapping[str, ImageData], folder: Path) -> dict[str, int]:
     """
     root = folder / "CUB_200_2011"
     labels = next(iter(splits.values())).labels
+    names = [f"{number} {name}" for number, name in enumerate(labels, start=1)]
     folders = [
-        f"{number:03d}.{re.sub(r'[^A-Za-z0-9]+', '_', name)}" for number, name in enumerate(labels, start=1)
+        f"{number:03d}.{re.sub('[^A-Za-z0-9]+', '_', name)}" for number, name in enumerate(labels, start=1)
     ]
-    official: dict[str, list[str]] = {name: [] for name in OFFICIAL}
-    counts: dict[str, int] = {}
+    official = _Lists()
     for split, data in splits.items():
-        lists: dict[str, list[str]] = {name: [] for name in LISTS}
+        images = "CUBV2" if split == "val" else "images"
+        boxes, masks = _Lists(), _Lists()
         for sample in tqdm(data, desc=f"draw {split}", total=len(data), leave=False, disable=None):
             image_id = f"{folders[sample.label]}/{sample.image_id}.png"
-            _write_images(root, split, image_id, sample)
-            _add_to_lists(lists, split, image_id, sample)
+            mask = sample.mask
+            assert mask is not None  # drawn images have one
+            _save(sample.image, root / images / image_id)
+            _save(Image.fromarray(mask), root / "segmentations" / image_id)
+            _list(boxes, image_id, sample, ",".join(map(repr, sample.boxes_xyxy[0].tolist())))
+            # Masks lie beside the image folders, so the ids of their lists start above both.
+            _list(masks, f"{images}/{image_id}", sample, f"segmentations/{image_id},")
             if split != "val":
-                _add_official(official, split, image_id, sample)
-        _write_metadata(folder / "metadata", split, lists)
+                _list_officially(official, split, image_id, sample)
+        boxes.write(folder / "metadata" / "CUB" / split)
+        masks.write(folder / "metadata" / "CUB-masks" / split)
         if split == "val":
-            _write_lines(
-                root / "CUBV2" / "val", lists, ("image_ids", "class_labels", "image_sizes", "localization")
-            )
-        counts[split] = len(data)
-    names = [f"{number} {name}" for number, name in enumerate(labels, start=1)]
-    _write_lines(root, official | {"classes": names}, (*OFFICIAL, "classes"))
-    for metadata in ("CUB", "CUB-masks"):
-        _write_lines(folder / "metadata" / metadata, {"classes": names}, ("classes",))
-    return counts
+            boxes.write(root / "CUBV2" / split)
+    official.write(root)
+    for place in (root, folder / "metadata" / "CUB", folder / "metadata" / "CUB-masks"):
+        _Lists(classes=names).write(place)
+    return {split: len(data) for split, data in splits.items()}
 
 
-OFFICIAL = ("images", "image_class_labels", "train_test_split", "bounding_boxes", "image_sizes")
-LISTS = (
-    "image_ids",
-    "class_labels",
-    "image_sizes",
-    "localization",
-    "mask_ids",
-    "mask_labels",
-    "mask_sizes",
-    "masks",
-)
+class _Lists(dict[str, list[str]]):
+    """Rows of text files by their names."""
+
+    def add(self, **rows: str) -> None:
+        for name, row in rows.items():
+            self.setdefault(name, []).append(row)
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, rows in self.items():
+            (folder / f"{name}.txt").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
 
 
-def _write_images(root: Path, split: str, image_id: str, sample: Sample) -> None:
-    for path, picture in (
-        (_image_root(split) + image_id, sample.image),
-        (f"segmentations/{image_id}", Image.fromarray(sample.mask)),
-    ):
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(root / path, compress_level=1)
+def _save(picture: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, compress_level=1)
 
 
-def _image_root(split: str) -> str:
-    return "CUBV2/" if split == "val" else "images/"
-
-
-def _add_official(rows: dict[str, list[str]], split: str, image_id: str, sample: Sample) -> None:
-    number = len(rows["images"]) + 1
-    x0, y0, x1, y1 = sample.boxes_xyxy[0].tolist()
+def _list(lists: _Lists, image_id: str, sample: Sample, localization: str) -> None:
     width, height = sample.image.size
-    for name, values in (
-        ("images", image_id),
-        ("image_class_labels", sample.label + 1),
-        ("train_test_split", int(split == "train")),
-        ("bounding_boxes", f"{x0!r} {y0!r} {x1 - x0!r} {y1 - y0!r}"),
-        ("image_sizes", f"{width} {height}"),
-    ):
-        rows[name].append(f"{number} {values}")
-
-
-def _add_to_lists(rows: dict[str, list[str]], split: str, image_id: str, sample: Sample) -> None:
-    box = ",".join(map(repr, sample.boxes_xyxy[0].tolist()))
-    width, height = sample.image.size
-    # Masks lie beside the image folders, so the ids of the mask lists start above both.
-    inside = _image_root(split) + image_id
-    for name, row in (
-        ("image_ids", image_id),
-        ("class_labels", f"{image_id},{sample.label}"),
-        ("image_sizes", f"{image_id},{width},{height}"),
-        ("localization", f"{image_id},{box}"),
-        ("mask_ids", inside),
-        ("mask_labels", f"{inside},{sample.label}"),
-        ("mask_sizes", f"{inside},{width},{height}"),
-        ("masks", f"{inside},segmentations/{image_id},"),
-    ):
-        rows[name].append(row)
-
-
-def _write_metadata(metadata: Path, split: str, lists: Mapping[str, list[str]]) -> None:
-    _write_lines(metadata / "CUB" / split, lists, LISTS[:4])
-    _write_lines(
-        metadata / "CUB-masks" / split, dict(zip(LISTS[:4], (lists[name] for name in LISTS[4:]))), LISTS[:4]
+    lists.add(
+        image_ids=image_id,
+        class_labels=f"{image_id},{sample.label}",
+        image_sizes=f"{image_id},{width},{height}",
+        localization=f"{image_id},{localization}",
     )
 
 
-def _write_lines(folder: Path, rows: Mapping[str, list[str]], names: Iterable[str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        (folder / f"{name}.txt").write_text("\n".join(rows[name]) + "\n", encoding="utf-8")
+def _list_officially(lists: _Lists, split: str, image_id: str, sample: Sample) -> None:
+    number = len(lists.get("images", ())) + 1
+    x0, y0, x1, y1 = sample.boxes_xyxy[0].tolist()
+    width, height = sample.image.size
+    lists.add(
+        images=f"{number} {image_id}",
+        image_class_labels=f"{number} {sample.label + 1}",
+        train_test_split=f"{number} {int(split == 'train')}",
+        bounding_boxes=f"{number} {x0!r} {y0!r} {x1 - x0!r} {y1 - y0!r}",
+        image_sizes=f"{number} {width} {height}",
+    )
