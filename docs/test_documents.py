@@ -11,8 +11,10 @@ Two comments, which the reader of the page does not see, steer a block from the 
 from __future__ import annotations
 
 import doctest
+import os
 import re
 import subprocess
+import sys
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
@@ -69,7 +71,9 @@ def run_python(code: str, namespace: dict[str, object], document: Path, line: in
 
 def run_bash(code: str, document: Path, line: int) -> None:
     command = ["bash", "-euo", "pipefail", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    # The console scripts of this environment, also where it is not activated.
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     said = f"{code}\n{done.stdout}{done.stderr}"
     assert done.returncode == 0, f"{document}:{line}: exit code {done.returncode}\n{said}"
 

@@ -179,9 +179,9 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
 
 
 def test_not_strict_loads_what_fits(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    weights = load_file(folder / "model.safetensors")
+    weight = load_file(folder / "model.safetensors")["head.weight"] + 1
     save_file(
-        {"head.weight": weights["head.weight"] + 1, "head.bias": torch.ones(5), "more": torch.ones(1)},
+        {"head.weight": weight, "head.bias": torch.ones(5), "more": torch.ones(1)},
         folder / "model.safetensors",
     )
     with pytest.raises(
@@ -191,7 +191,7 @@ def test_not_strict_loads_what_fits(folder: Path, caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.WARNING):
         loaded = Blobs.from_pretrained(folder, strict=False)
     assert "head.bias" in caplog.text
-    assert torch.equal(loaded.head.weight, weights["head.weight"] + 1)
+    assert torch.equal(loaded.head.weight, weight)
 
 
 def rewrite(folder: Path, **changes: Any) -> None:

@@ -97,6 +97,8 @@ def test_truth_is_red_and_prediction_green() -> None:
         assert picture.getpixel(point) == TRUTH_COLOR, point
     for point in ((200, 60), (200, 200), (349, 259), (300, 259)):
         assert picture.getpixel(point) == PREDICTION_COLOR, point
+    for rim in ((150, 90), (100, 140), (350, 160), (49, 90)):  # the end is exclusive
+        assert picture.getpixel(rim) == (0, 0, 0), rim
     for inside_or_far in ((100, 90), (275, 160), (10, 10), (399, 299)):
         assert picture.getpixel(inside_or_far) == GRAY, inside_or_far
 

@@ -237,6 +237,13 @@ def test_big_pictures_are_made_small(tmp_path: Path) -> None:
     assert {max(shown.size) for shown in tile.pictures} == {THUMBNAIL}
 
 
+def test_pictures_that_jpeg_cannot_compress_are_written_too(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 2, (THUMBNAIL, THUMBNAIL, 3), dtype=np.uint8) * np.uint8(255)
+    tile = Tile(pictures=[Image.fromarray(noise)], caption="noise")
+    path = write_report(tmp_path / "r.html", Report(title="t", galleries=[Gallery(title="G", tiles=[tile])]))
+    assert path.stat().st_size < 300_000
+
+
 def test_a_report_that_cannot_be_written_keeps_the_old_one(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
     with pytest.raises(InputError, match="cannot be written"):

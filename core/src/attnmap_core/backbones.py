@@ -541,7 +541,7 @@ class AttentionTap:
 
 
 class _Recording:
-    """The context of :meth:`AttentionTap.recording`; a class, which torch.compile traces without a break."""
+    """The context of :meth:`AttentionTap.recording`; a class, which torch.compile traces better."""
 
     def __init__(self, tap: AttentionTap) -> None:
         self._tap = tap

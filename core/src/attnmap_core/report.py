@@ -475,7 +475,7 @@ def _tile(tile: Tile) -> str:
 def _jpeg(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     # Full colour resolution: subsampling would smear the thin red and green lines.
-    for_display(picture, (1, THUMBNAIL)).save(buffer, "JPEG", quality=85, subsampling=0, optimize=True)
+    for_display(picture, (1, THUMBNAIL)).save(buffer, "JPEG", quality=85, subsampling=0)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

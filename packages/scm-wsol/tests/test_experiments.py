@@ -17,6 +17,7 @@ from attnmap_core.errors import InputError
 from PIL import Image
 from scm_wsol.calibration import newton_schulz
 from scm_wsol.cli import load_model, main
+from scm_wsol.config import ScmConfig
 from scm_wsol.evaluate import evaluate_model
 from scm_wsol.experiments import REPRODUCTIONS
 from scm_wsol.experiments.ablate_ns import finding, region_area
@@ -71,7 +72,7 @@ def table(folder: Path) -> list[dict[str, Any]]:
     return json.loads((folder / "table.json").read_text())["rows"]
 
 
-def shares_of_gray(path: Path) -> tuple[tuple[int, int], float]:
+def size_and_colour(path: Path) -> tuple[tuple[int, int], float]:
     """Size of a picture and how much of it is coloured."""
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
     return (pixels.shape[1], pixels.shape[0]), float((np.ptp(pixels, axis=2) > 30).mean())
@@ -181,7 +182,7 @@ def test_combine_maps_measures_every_pair_and_the_control(
     metrics = json.loads((small.run["scm"] / "metrics.json").read_text())
     assert rows[0]["MaxBoxAccV1"] == metrics["protocol standard"]["scm"]["max_box_acc_v1"]
     for name in ("scm", "control"):
-        (width, height), coloured = shares_of_gray(out / f"grid_001_{name}.png")
+        (width, height), coloured = size_and_colour(out / f"grid_001_{name}.png")
         assert width > 800 < height + 100
         assert coloured > 0.5
 
@@ -200,8 +201,8 @@ def test_control_is_the_tscam_weights_under_a_fresh_calibration(small: Small) ->
     plain = load_model(str(small.run["tscam"] / "model"))
     control = untrained_like(scm, plain)
     assert torch.equal(control.head.weight, plain.head.weight)
-    assert [float(block.lam) for block in control.calibration.blocks] == [1.0] * 4
-    assert [float(block.beta) for block in control.calibration.blocks] == [0.5] * 4
+    assert [block.lam.item() for block in control.calibration.blocks] == [1.0] * 4
+    assert [block.beta.item() for block in control.calibration.blocks] == [0.5] * 4
     assert [block.iterations for block in control.calibration.blocks] == [4] * 4
 
 
@@ -240,8 +241,6 @@ def test_best_epoch_is_the_first_best_and_gives_the_val_row(tmp_path: Path) -> N
         for i, (v1, v2) in enumerate(values, start=1)
     ]
     (tmp_path / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    from scm_wsol.config import ScmConfig
-
     metrics = {"map": "scm", "protocol standard": {"scm": {"max_box_acc_v1": 7.0, "max_box_acc_v2": 8.0}}}
     run = Run(tmp_path, ScmConfig(), metrics)
     assert (best_epoch(run, "max_box_acc_v1"), best_epoch(run, "max_box_acc_v2")) == (1, 0)
@@ -252,6 +251,8 @@ def test_best_epoch_is_the_first_best_and_gives_the_val_row(tmp_path: Path) -> N
         20.0,
     )
     assert test["MaxBoxAccV1"]["mean"] == 7.0
+    without_boxes = {"kind": "epoch", "epoch": 1, "metrics": {"top1_cls": 3.0}}
+    (tmp_path / "history.jsonl").write_text(json.dumps(without_boxes) + "\n")
     with pytest.raises(InputError, match="validation images with boxes"):
         best_epoch(replace_history(run, tmp_path), "max_box_acc_v1")
 
@@ -274,7 +275,7 @@ def test_fig_diffusion_of_fresh_weights(small: Small, capsys: pytest.CaptureFixt
     residuals = [row["residual"] for row in rows]
     assert residuals == sorted(residuals, reverse=True)  # every iteration comes nearer
     assert "fresh" in capsys.readouterr().out
-    (width, _), coloured = shares_of_gray(out / "diffusion.png")
+    (width, _), coloured = size_and_colour(out / "diffusion.png")
     assert width > 1000
     assert coloured > 0.5
     assert Image.open(out / "gain.png").size[0] > 600
@@ -315,7 +316,7 @@ def test_fig_qualitative_shows_both_methods(small: Small) -> None:
         (data[index].image_id, method) for index in (2, 5) for method in ("TS-CAM", "SCM")
     ]
     assert all(0 <= row["IoU"] <= 1 and row["τ"] == 0.35 for row in rows)
-    (width, height), coloured = shares_of_gray(out / "qualitative.png")
+    (width, height), coloured = size_and_colour(out / "qualitative.png")
     assert (width > 1000, height > 800, coloured > 0.3) == (True, True, True)
 
 

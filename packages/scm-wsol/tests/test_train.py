@@ -2,12 +2,14 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from attnmap_core.checkpoint import list_checkpoints, read_checkpoint_state
 from attnmap_core.recipes import list_recipes, load_recipe
 from safetensors.torch import load_file
 from scm_wsol import SCM
@@ -38,6 +40,12 @@ def history(run: Path) -> list[dict]:
     lines = (run / "history.jsonl").read_text().splitlines()
     timing = {"seconds", "images_per_second"}
     return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def launch(run: Path, processes: int, *arguments: str) -> None:
@@ -130,6 +138,7 @@ def test_evaluate_repeats_the_metrics_of_the_run(run, tmp_path, capsys):
 def test_two_processes_equal_one_with_twice_the_batch(run, tmp_path):
     two = tmp_path / "two"
     launch(two, 2, "--batch-size", "8")
+    assert read_checkpoint_state(list_checkpoints(two / "checkpoints")[-1])["processes"] == 2
     one, both = history(run), history(two)
     assert [line["step"] for line in one] == [line["step"] for line in both]
     for a, b in zip(one, both):

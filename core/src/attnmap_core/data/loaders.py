@@ -204,6 +204,14 @@ def _to_item(sample: LabelledImage, transform: Transform, seed: Sequence[Any], w
     return item
 
 
+def samples_of(
+    data: Any, transform: Transform, *, seed: int, with_targets: bool = False
+) -> SampleDataset | StreamDataset:
+    """The data set of an :class:`~attnmap_core.data.sources.ImageData`, whether it streams or not."""
+    kind = StreamDataset if data.streaming else SampleDataset
+    return kind(data, transform, seed, with_targets=with_targets)
+
+
 @contextmanager
 def _seeded(parts: Sequence[Any]) -> Generator[None]:
     """Seed ``random``, ``numpy.random`` and CPU ``torch`` from ``parts``; put their states back after."""

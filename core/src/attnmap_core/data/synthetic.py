@@ -1094,15 +1094,16 @@ class _RowsOnAccess:
             return self._kept[index]
         scene = render(self.spec, self.split, index)
         image_id = scene["image_id"]
+        image, mask = _png(scene["image"], f"{image_id}.png"), _png(scene["mask"], f"{image_id}_mask.png")
         row = {
             "image_id": image_id,
-            "image": _png(scene["image"], f"{image_id}.png"),
+            "image": image,
             "label": scene["label"],
             "objects": {"bbox": [[float(side) for side in scene["bbox_xywh"]]]},
-            "masks": [_png(scene["mask"], f"{image_id}_mask.png")],
+            "masks": [mask],
             "ignore": None,
         }
-        size = len(row["image"]["bytes"]) + len(row["masks"][0]["bytes"])
+        size = len(image["bytes"]) + len(mask["bytes"])
         if size <= self._room:
             self._room -= size
             self._kept[index] = row

@@ -13,7 +13,7 @@ import torch
 import tyro
 from attnmap_core import cli
 from attnmap_core.boxes import resize_boxes, upsample_score_map
-from attnmap_core.data.loaders import SampleDataset, StreamDataset, eval_loader, gather_objects
+from attnmap_core.data.loaders import eval_loader, gather_objects, samples_of
 from attnmap_core.data.sources import ImageData, check_data_options, load_data
 from attnmap_core.data.transforms import eval_transform
 from attnmap_core.errors import InputError
@@ -160,9 +160,7 @@ def evaluate_model(
     scm = ScmProtocol(thresholds) if "scm" in protocols else None
     tscam = TscamProtocol(fixed_threshold) if "tscam" in protocols else None
     blind = {name: make(size) for name, make in FLOORS.items()}
-    samples = (StreamDataset if data.streaming else SampleDataset)(
-        data, eval_transform(model.preprocessing), seed=0, with_targets=True
-    )
+    samples = samples_of(data, eval_transform(model.preprocessing), seed=0, with_targets=True)
     processes, process = (
         (1, 0) if accelerator is None else (accelerator.num_processes, accelerator.process_index)
     )

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from attnmap_core.data.loaders import SampleDataset, StreamDataset, gather_objects, import_training_extra
+from attnmap_core.data.loaders import gather_objects, samples_of
 from attnmap_core.data.sources import ImageData, check_data_options, load_data
 from attnmap_core.data.transforms import Preprocessing, train_transform
 from attnmap_core.errors import InputError
 from attnmap_core.files import new_output_folder, write_json, write_text
 from attnmap_core.recipes import resolved_toml, run_record
-from attnmap_core.training import TrainResult, start_accelerator, timm_schedule
+from attnmap_core.training import TrainResult, start_accelerator, start_processes, timm_schedule
 from attnmap_core.training import train as run_training
 
 from .config import ScmConfig
@@ -82,6 +82,7 @@ def train(config: ScmConfig, header: str = "", resume: bool = False, overwrite: 
         InputError: for data, settings or a folder that cannot be used.
     """
     config.check()
+    start_processes()
     check_data_options(config.source_options())
     # Without a split to choose on, the last weights are it; with one, GT-known chooses unless a metric is named.
     if config.select_on == "last":
@@ -95,9 +96,7 @@ def train(config: ScmConfig, header: str = "", resume: bool = False, overwrite: 
     model = build_model(config, train_data.labels)
     prepare_run(run, config, header, resume=resume, overwrite=overwrite)
     transform = train_transform(model.preprocessing, resize=config.resize, flip=config.flip)
-    samples = (StreamDataset if train_data.streaming else SampleDataset)(
-        train_data, transform, seed=config.seed
-    )
+    samples = samples_of(train_data, transform, seed=config.seed)
     selection = data.get(config.select_on)
     if config.select_on == "test":
         logger.warning(
@@ -116,10 +115,15 @@ def train(config: ScmConfig, header: str = "", resume: bool = False, overwrite: 
         run,
         evaluate=None if selection is None else validate,
         make_schedule=make_schedule,
-        save_model=lambda trained, folder: trained.save_pretrained(folder),
+        save_model=save_model,
         resume=resume,
     )
     return Finished(result, finish_run(run, config, data, result))
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """A model folder of weights that are still being trained; the card comes with the final one."""
+    model.save_pretrained(folder)
 
 
 def needed_splits(config: ScmConfig) -> list[str]:
@@ -134,7 +138,7 @@ def load_split(config: ScmConfig, split: str) -> ImageData:
 
 def prepare_run(run: Path, config: ScmConfig, header: str, *, resume: bool, overwrite: bool) -> None:
     """Make the run folder with the resolved recipe and the record of the launch; the main process writes."""
-    state = import_training_extra("accelerate").PartialState()
+    state = start_processes()
     problem: str | None = None
     if state.is_main_process:
         try:

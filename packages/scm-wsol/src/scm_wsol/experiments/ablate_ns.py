@@ -91,7 +91,7 @@ def command(arguments: list[str]) -> None:
         notes=[
             "GT-known at the best threshold τ; region area: pixels whose true class's map is above τ, in percent.",
             f"Published: {ABLATE_NS}.",
-            f"Here: {finding(cells)}.",
+            f"Here, {len(options.seeds)} seed(s): {finding(cells)}.",
             scale_note(config),
         ],
         digits={"optimum τ": 2},

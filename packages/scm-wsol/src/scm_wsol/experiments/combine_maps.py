@@ -94,6 +94,7 @@ def _run(options: Options) -> None:
             notes=[
                 "Top-1 Loc and GT-known at the model's own threshold, MaxBoxAccV1 at the best of each pair. S⁰, F⁰ is "
                 "what the method uses. No numbers are published.",
+                f"p = {', '.join(str(block.iterations) for block in models['scm'][0].calibration.blocks)} in its blocks.",
                 None if "control" in models else "No control: --control names the TS-CAM for it.",
                 scale_note(config, given=_given(options)),
             ],

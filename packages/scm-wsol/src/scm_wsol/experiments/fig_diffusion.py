@@ -140,7 +140,7 @@ def diffuse(model: TSCAM, image: Tensor, counts: Sequence[int], alpha: float) ->
     height, width = f.shape[1:]
     F0 = minmax(rearrange(f, "1 h w -> 1 (h w)"))
     block = model.calibration.blocks[0] if isinstance(model, SCM) else None
-    rate, beta = (float(block.lam), float(block.beta)) if block else (1.0, 0.5)
+    rate, beta = (block.lam.item(), block.beta.item()) if block else (1.0, 0.5)
     form: dict[str, Any] = {"laplacian": block.laplacian, "sign": block.sign} if block else {}
     X = modulated_laplacian(similarity(S), grid_laplacian(height, width, dtype=torch.float64), rate, **form)
     inverses = {f"p = {p}": newton_schulz(X, p, alpha) for p in (0, *counts)}

@@ -16,7 +16,7 @@ from attnmap_core import cli
 
 from ..evaluate import KIND_NAMES, METRIC_NAMES
 from ..published import LOCALIZATION
-from .runs import Run, RunOptions, mean_and_deviation, scale_note, trained, write_results
+from .runs import Run, RunOptions, iterations_text, mean_and_deviation, scale_note, trained, write_results
 
 METRICS = ("top1_loc", "top5_loc", "gt_known", "top1_cls", "top5_cls", "threshold")
 SCM_NAMES = {
@@ -82,7 +82,7 @@ def method_rows(recipe: str, runs: list[Run]) -> list[dict[str, Any]]:
     name = KIND_NAMES[config.method]
     shared = {
         "seeds": len(runs),
-        "p": " ".join(map(str, config.iterations)) if config.method == "scm" else None,
+        "p": iterations_text(config),
     }
     rows: list[dict[str, Any]] = []
     for protocol in ("standard", "scm", "tscam"):

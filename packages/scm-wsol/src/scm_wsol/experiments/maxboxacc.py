@@ -19,7 +19,7 @@ from attnmap_core.recipes import load_recipe
 from ..config import ScmConfig
 from ..evaluate import KIND_NAMES, METRIC_NAMES
 from ..published import MAX_BOX_ACC
-from .runs import Run, RunOptions, mean_and_deviation, scale_note, trained, write_results
+from .runs import Run, RunOptions, iterations_text, mean_and_deviation, scale_note, trained, write_results
 
 METRICS = ("max_box_acc_v1", "max_box_acc_v2", "v2_iou30", "v2_iou50", "v2_iou70")
 SELECTIONS = {"V1": "max_box_acc_v1", "V2": "max_box_acc_v2"}
@@ -93,6 +93,7 @@ def run_rows(selection: str, runs: list[Run]) -> list[dict[str, Any]]:
     records = [run.epochs()[place] for run, place in zip(runs, places)]
     shared = {
         "method": KIND_NAMES[runs[0].config.method],
+        "p": iterations_text(runs[0].config),
         "epoch of best": f"{selection}: {', '.join(str(record['epoch']) for record in records)}",
         "seeds": len(runs),
     }

@@ -143,6 +143,11 @@ def check_images(images: Sequence[int], data: ImageData) -> None:
             )
 
 
+def iterations_text(config: ScmConfig) -> str | None:
+    """Newton-Schulz iterations of an SCM, block by block or one number for all; None for other methods."""
+    return " ".join(map(str, config.iterations)) if config.method == "scm" else None
+
+
 # --- Numbers ------------------------------------------------------------------------------------------------------
 
 
@@ -186,7 +191,7 @@ def scale_note(config: ScmConfig, given: Sequence[str] = ()) -> str | None:
     start = "" if config.weights or config.pretrained else " from random weights"
     model = (
         f"{config.backbone}{f' ({sizes})' if sizes else ''} at {config.image_size} px{start}, "
-        f"{config.epochs} epochs at batch {config.batch_size}"
+        f"epochs {config.epochs}, batch {config.batch_size}"
     )
     models = [*filter(None, given), *([] if given and all(given) else [model])]
     return (
