@@ -79,6 +79,7 @@ def _run(options: Options) -> None:
             picture = draw(model, data, index, options.threshold)
             save_picture(picture, options.out / f"grid_{index:03d}_{name}.png")
     if options.table:
+        blocks = models["scm"][0].calibration.blocks
         rows: list[dict[str, Any]] = []
         tables: dict[str, list[dict[str, Any]]] = {}
         for model, title in models.values():
@@ -94,7 +95,7 @@ def _run(options: Options) -> None:
             notes=[
                 "Top-1 Loc and GT-known at the model's own threshold, MaxBoxAccV1 at the best of each pair. S⁰, F⁰ is "
                 "what the method uses. No numbers are published.",
-                f"p = {', '.join(str(block.iterations) for block in models['scm'][0].calibration.blocks)} in its blocks.",
+                f"p of the blocks: {' '.join(str(block.iterations) for block in blocks)}.",
                 None if "control" in models else "No control: --control names the TS-CAM for it.",
                 scale_note(config, given=_given(options)),
             ],
