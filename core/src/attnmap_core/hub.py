@@ -415,6 +415,7 @@ class PretrainedModel(nn.Module, PyTorchModelHubMixin):
             repo_id: repository for ``push_to_hub``; default: the folder's name.
             push_to_hub: upload afterwards.
             model_card_kwargs: fields of :class:`attnmap_core.model_card.CardFacts`.
+            push_to_hub_kwargs: passed to :meth:`push_to_hub`.
 
         Returns:
             The commit's address if ``push_to_hub``, else None.

@@ -33,7 +33,7 @@ TINY = [
 ]
 TINY += ["--backbone-options.patch-size", "8", "--backbone-options.embed-dim", "24"]
 TINY += ["--backbone-options.depth", "2", "--backbone-options.num-heads", "3", "--threads", "1"]
-TINY += ["--threshold-step", "0.05", "--eval-batch-size", "4"]
+TINY += ["--evaluate-every", "1", "--threshold-step", "0.05", "--eval-batch-size", "4"]
 
 
 def history(run: Path) -> list[dict]:
@@ -58,7 +58,7 @@ def launch(run: Path, processes: int, *arguments: str) -> None:
         "--dynamo_backend",
         "no",
         "--main_process_port",
-        "0",
+        str(free_port()),
     ]
     command += ["-m", "scm_wsol.train", "tiny-scm", *TINY, "--output-dir", str(run), *arguments]
     done = subprocess.run(

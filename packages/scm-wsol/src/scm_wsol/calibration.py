@@ -57,6 +57,7 @@ def grid_laplacian(
 
     Args:
         height, width: patches per column and row; a single row or column is allowed.
+        dtype, device: of the result.
 
     Returns:
         ``(n, n)``, ``n = height * width``, patches in row-major order. Kept per size: do not write into it.

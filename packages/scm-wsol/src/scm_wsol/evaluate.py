@@ -102,7 +102,9 @@ class Evaluation:
             | _shown(protocol.compute())
             for kind, protocol in self.kinds.items()
         ]
-        return rows + [{"": f"floor: {floor}"} | _shown(protocol.compute()) for floor, protocol in self.floors.items()]
+        return rows + [
+            {"": f"floor: {floor}"} | _shown(protocol.compute()) for floor, protocol in self.floors.items()
+        ]
 
 
 def _shown(metrics: dict[str, float]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from attnmap_core.report import (
     Report,
     Table,
     Tile,
+    compared,
     localization_tile,
     run_facts,
     select_cases,
@@ -68,6 +69,11 @@ def evaluation_report(
     """Tables, threshold curves and a gallery of best, worst and random cases."""
     name = method_name(model)
     tables = [Table(title="Results, protocol standard", rows=evaluation.table(name), note=BOX_NOTE)]
+    theirs = {METRIC_NAMES[m]: published_value(data.name, model.own_kind, m) for m in METRIC_NAMES}
+    if any(value is not None for value in theirs.values()):
+        ours = {METRIC_NAMES[m]: v for m, v in evaluation.metrics().items() if m in METRIC_NAMES}
+        note = "The published row is of DeiT-S, under its own protocol: see the package's README."
+        tables.append(compared("Published and ours", ours, theirs, note))
     for protocol, measured in evaluation.others.items():
         rows = [{"metric": metric, "value": value} for metric, value in measured.compute().items()]
         tables.append(Table(title=f"Results, protocol {protocol}", rows=rows))
@@ -154,6 +160,7 @@ def card_facts(
     return {
         "model_class": type(model).__name__,
         "package": "scm_wsol",
+        "repo_id": str(Path(config.output_dir) / "model"),
         "title": f"{method_name(model)}, {config.backbone}",
         "summary": "Class, heat map and box of one object per photo, trained on image labels only.",
         "limits": "One object of a known class per photo; the box bounds what exceeds a share of the map's maximum.",
