@@ -151,6 +151,12 @@ def test_two_processes_equal_one_with_twice_the_batch(run, tmp_path):
         load_file(two / "model" / "model.safetensors"),
     )
     for name, tensor in weights.items():
+        if name.endswith("qkv.bias"):
+            # Softmax does not see the keys' bias: its gradient is rounding noise, which Adam blows up to full steps.
+            query, _, value = tensor.chunk(3)
+            tensor = torch.cat([query, value])
+            query, _, value = others[name].chunk(3)
+            others[name] = torch.cat([query, value])
         torch.testing.assert_close(others[name], tensor, rtol=1e-2, atol=2e-4, msg=name)
 
 

@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..errors import InputError
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator  # pyright: ignore[reportMissingTypeStubs]
+    from accelerate import Accelerator, PartialState  # pyright: ignore[reportMissingTypeStubs]
 
 Transform = Callable[[Image.Image], Tensor]
 Batch = dict[str, Any]
@@ -554,7 +554,7 @@ class _Loader:
 # --- Gathering back -----------------------------------------------------------------------------------------
 
 
-def gather_objects(accelerator: Accelerator | None, value: Value) -> list[Value]:
+def gather_objects(accelerator: Accelerator | PartialState | None, value: Value) -> list[Value]:
     """One value of each process, on every process, in process order; for small states.
 
     Args:
