@@ -116,6 +116,7 @@ def _read(path: Path) -> tuple[list[float], NDArray[np.float64]]:
         ValueError,
         TypeError,
         KeyError,
+        IndexError,  # of older SciPy, for a file shorter than a header
         NotImplementedError,
     ) as error:
         raise InputError(
