@@ -20,10 +20,9 @@ T       ``(b, n)``         the block's activation in ``[0, 1]``
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from attnmap_core.errors import InputError
@@ -31,6 +30,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+
+from .arithmetic import divide, matmul
+from .stencil import stencil_diffusion, stencil_similarity
 
 ALPHA = 0.002
 """Start scale of Newton-Schulz: converges for any similarity while ``|λ| < 2.95``."""
@@ -106,7 +108,7 @@ def similarity(S: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(v, dim=-1)
     lengths = rearrange(length, "b n -> b n 1") * rearrange(length, "b m -> b 1 m")
     itself = torch.diag_embed((lengths.diagonal(dim1=-2, dim2=-1) == 0).to(S.dtype))  # 1 for all-zero patches
-    return _divide(_matmul(v, v.mT), lengths) + itself
+    return divide(matmul(v, v.mT), lengths) + itself
 
 
 # --- Step 3: modulated Laplacian -------------------------------------------------------------------
@@ -177,13 +179,13 @@ def newton_schulz(
     if alpha == "auto":
         size = start.abs()
         norms = size.sum(-2).amax(-1) * size.sum(-1).amax(-1)  # ‖X‖₁ ‖X‖∞ >= σ_max²
-        scale = rearrange(_divide(torch.ones_like(norms), norms), "b -> b 1 1")
+        scale = rearrange(divide(torch.ones_like(norms), norms), "b -> b 1 1")
     else:
         scale = alpha
     V = scale * start.mT
     two = 2 * torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
     for _ in range(iterations):
-        V = _matmul(V, two - _matmul(X, V))
+        V = matmul(V, two - matmul(X, V))
     return V
 
 
@@ -197,6 +199,7 @@ def dense_diffusion(
     laplacian: Laplacian = "hadamard",
     sign: Sign = "release",
     detach_init: bool = True,
+    E: Tensor | None = None,
 ) -> Tensor:
     """Attention after diffusion along the similarity graph, by explicit ``(n, n)`` matrices (steps 1 to 5).
 
@@ -204,21 +207,36 @@ def dense_diffusion(
         S: ``(b, c, h, w)`` semantic maps.
         F: ``(b, h * w)`` attention map.
         rate: λ. The other arguments are those of :func:`modulated_laplacian` and :func:`newton_schulz`.
+        E: :func:`similarity` of S, where it is known already.
 
     Returns:
         ``(b, h * w)``, the redistributed map d.
     """
     grid = grid_laplacian(S.shape[-2], S.shape[-1], dtype=S.dtype, device=S.device)  # step 1
-    E = similarity(S)  # step 2
+    E = similarity(S) if E is None else E  # step 2
     X = modulated_laplacian(E, grid, rate, laplacian=laplacian, sign=sign)  # step 3, Eq. 3
     V = newton_schulz(X, iterations, alpha, detach_init=detach_init)  # step 4
-    return _matmul(V.mT, F.unsqueeze(-1)).squeeze(
-        -1
-    )  # step 5: d = V F, equilibrium of the flow (Eqs. 2 and 5)
+    # step 5: d = V F, equilibrium of the flow (Eqs. 2 and 5)
+    return matmul(V.mT, F.unsqueeze(-1)).squeeze(-1)
 
 
-DIFFUSIONS: dict[str, Callable[..., Tensor]] = {"dense": dense_diffusion}
-"""Ways to compute steps 1 to 5, named as ``backend`` takes them; arguments as in :func:`dense_diffusion`."""
+class Backend(NamedTuple):
+    """A way to compute steps 1 to 5.
+
+    Attributes:
+        similarity: E of S, in whatever form the second function takes.
+        diffusion: arguments and result as of :func:`dense_diffusion`.
+    """
+
+    similarity: Callable[[Tensor], Tensor]
+    diffusion: Callable[..., Tensor]
+
+
+BACKENDS = {
+    "stencil": Backend(stencil_similarity, stencil_diffusion),
+    "dense": Backend(similarity, dense_diffusion),
+}
+"""By name: ``stencil``, linear in the number of patches, and ``dense``, the equations as they are written."""
 
 
 # --- Step 6: dynamic filter ------------------------------------------------------------------------
@@ -234,7 +252,7 @@ def minmax(v: Tensor) -> Tensor:
         [[0.0, 1.0, 0.25], [0.0, 0.0, 0.0]]
     """
     shifted = v - v.min(dim=-1, keepdim=True).values
-    return _divide(shifted, shifted.max(dim=-1, keepdim=True).values)
+    return divide(shifted, shifted.max(dim=-1, keepdim=True).values)
 
 
 def stable_tanhshrink(u: Tensor) -> Tensor:
@@ -298,9 +316,10 @@ class ActivationDiffusionBlock(nn.Module):
         clamp_beta: keep β at 1e-3 or above.
         lam_init, beta_init: start values.
         dtype: ``"float32"`` or ``"float64"``: the least precision of the computation; wider inputs stay wide.
-        chunk_size: images calibrated at a time; each chunk's matrices are rebuilt in the backward pass, so
-            that memory does not grow with the batch. Same numbers.
-        backend: name in ``DIFFUSIONS``.
+        chunk_size: images calibrated at a time; what belongs to a chunk is rebuilt in the backward pass, so
+            that the matrices of the dense form do not grow with the batch (its E apart, if a stack shares it).
+            Same numbers.
+        backend: name in ``BACKENDS``: the same numbers, to rounding.
 
     Shape:
         S ``(b, c, h, w)`` and F ``(b, h * w)``, to the same shapes; any grid.
@@ -331,14 +350,14 @@ class ActivationDiffusionBlock(nn.Module):
         beta_init: float = 0.5,
         dtype: Literal["float32", "float64"] = "float32",
         chunk_size: int | None = None,
-        backend: str = "dense",
+        backend: str = "stencil",
     ) -> None:
         super().__init__()
         _check_choice("laplacian", laplacian, ("hadamard", "rowsum"))
         _check_choice("sign", sign, ("release", "supplement"))
         _check_choice("filter", filter, FILTERS)
         _check_choice("dtype", dtype, ("float32", "float64"))
-        _check_choice("backend", backend, DIFFUSIONS)
+        _check_choice("backend", backend, BACKENDS)
         if iterations < 0:
             raise ValueError(f"iterations must be 0 or more, got {iterations}")
         if alpha != "auto" and not (isinstance(alpha, (int, float)) and alpha > 0):
@@ -363,27 +382,41 @@ class ActivationDiffusionBlock(nn.Module):
     def forward(self, S: Tensor, F: Tensor) -> tuple[Tensor, Tensor]:
         return self.update(S, F, self.activation(S, F))
 
-    def activation(self, S: Tensor, F: Tensor) -> Tensor:
-        """T ``(b, h * w)``, steps 1 to 6, in the block's working precision."""
+    def activation(self, S: Tensor, F: Tensor, E: Tensor | None = None) -> Tensor:
+        """T ``(b, h * w)``, steps 1 to 6, in the block's working precision.
+
+        Args:
+            S, F: as for the block.
+            E: :meth:`similarity` of S, or of S times a positive number per patch, where it is known already.
+        """
         if S.ndim != 4 or F.shape != (S.shape[0], S.shape[2] * S.shape[3]):
             raise ValueError(
                 f"F {tuple(F.shape)} does not fit S {tuple(S.shape)}: expected (b, h * w) and (b, c, h, w)"
             )
-        dtype = torch.promote_types(S.dtype, getattr(torch, self.dtype))
         with torch.autocast(S.device.type, enabled=False):
-            S, F = S.to(dtype), F.to(dtype)
+            S = self._widened(S)
+            F = F.to(S.dtype)
             if self.chunk_size is None or self.chunk_size >= len(S):
-                T = self._activation(S, F)
+                T = self._activation(S, F, E)
             else:
-                chunks = zip(S.split(self.chunk_size), F.split(self.chunk_size))
-                T = torch.cat([_recomputed(self._activation, s, f) for s, f in chunks])
-            if not torch.isfinite(T).all():
+                chunks = [x.split(self.chunk_size) for x in (S, F, E) if x is not None]
+                T = torch.cat([_recomputed(self._activation, *chunk) for chunk in zip(*chunks)])
+            # A compiled graph has no place to stop in; there the training loop finds a loss that is not finite.
+            if not torch.compiler.is_compiling() and not torch.isfinite(T).all():
                 raise DivergedError(self._diagnosis(S, F))
         return T
 
-    def _activation(self, S: Tensor, F: Tensor) -> Tensor:
+    def similarity(self, S: Tensor) -> Tensor:
+        """E of S, step 2, in the form and precision that :meth:`activation` takes."""
+        with torch.autocast(S.device.type, enabled=False):
+            return BACKENDS[self.backend].similarity(self._widened(S))
+
+    def _widened(self, x: Tensor) -> Tensor:
+        return x.to(torch.promote_types(x.dtype, getattr(torch, self.dtype)))
+
+    def _activation(self, S: Tensor, F: Tensor, E: Tensor | None = None) -> Tensor:
         lam, beta = self.lam.to(S.dtype), self.beta.to(S.dtype)
-        d = DIFFUSIONS[self.backend](  # steps 1 to 5
+        d = BACKENDS[self.backend].diffusion(  # steps 1 to 5
             S,
             F,
             lam,
@@ -392,6 +425,7 @@ class ActivationDiffusionBlock(nn.Module):
             laplacian=self.laplacian,
             sign=self.sign,
             detach_init=self.detach_ns_init,
+            E=E,
         )
         beta = beta.clamp(min=1e-3) if self.clamp_beta else beta
         return dynamic_filter(d, F, beta, filter=self.filter, stable=self.stable_shrink)  # step 6
@@ -430,7 +464,7 @@ class SpatialCalibration(nn.Module):
 
     Every block multiplies patch n by a positive number, the same for all classes, hence
     :math:`S^L = S^0 \odot w` with :math:`w_n = \prod_l (1 + T^l_n) \in [1, 2^L]`: pooling the calibrated maps
-    is a weighted pooling of the plain ones. (All blocks therefore see the same similarity E, to rounding.)
+    is a weighted pooling of the plain ones. All blocks therefore see the same similarity E, which is computed once.
 
     Args:
         blocks: L.
@@ -478,9 +512,13 @@ class SpatialCalibration(nn.Module):
 
         With ``return_layers`` also those on the way, stacked in front: index 0 is the input.
         """
-        S_layers, F_layers, T_layers = [S], [F], list[Tensor]()
+        first = self.blocks[0]
+        # Blocks only scale patches, by more than 0 where the residual is on: one E for all, as said above.
+        E = first.similarity(S) if first.residual else None
+        S_layers, F_layers = [S], [F]
+        T_layers: list[Tensor] = []
         for block in self.blocks:
-            T = block.activation(S, F)
+            T = block.activation(S, F, E)
             S, F = block.update(S, F, T)
             T_layers.append(T)
             S_layers.append(S)
@@ -489,7 +527,7 @@ class SpatialCalibration(nn.Module):
         self.last_activation = T.detach()
         if self.mean_one_weights:
             mean = rearrange(self.weights(T).mean(-1), "l b -> l b 1 1 1").to(S.dtype)
-            S_layers[1:] = [_divide(layer, m) for layer, m in zip(S_layers[1:], mean)]
+            S_layers[1:] = [divide(layer, m) for layer, m in zip(S_layers[1:], mean)]
         if return_layers:
             S_layers[0], F_layers[0] = S_layers[0].to(S.dtype), F_layers[0].to(F.dtype)
             return torch.stack(S_layers), torch.stack(F_layers)
@@ -500,64 +538,12 @@ class SpatialCalibration(nn.Module):
         return torch.cumprod(1 + T if self.blocks[0].residual else T, dim=0)
 
 
-# --- Arithmetic that stays exact -------------------------------------------------------------------
+# --- Helpers ---------------------------------------------------------------------------------------
 
 
-def _divide(a: Tensor, b: Tensor) -> Tensor:
-    """``a / b``; zero with zero gradient where b is 0, which the released code leaves as NaN."""
-    zero = b == 0
-    return torch.where(zero, 0.0, a / torch.where(zero, 1.0, b))
-
-
-@contextmanager
-def _full_float32() -> Generator[None]:
-    """Switch off the reduced-precision float32 products (TF32, bfloat16) that a program may have allowed."""
-    changed: list[tuple[Any, str, Any]] = []
-    for switches, name, exact in _REDUCED_PRECISION:
-        if (current := getattr(switches, name)) not in exact:
-            changed.append((switches, name, current))
-            setattr(switches, name, exact[0])
-    try:
-        yield
-    finally:
-        for switches, name, value in changed:
-            setattr(switches, name, value)
-
-
-_CUDA, _CPU = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
-_REDUCED_PRECISION: list[tuple[Any, str, tuple[Any, ...]]] = (  # where, which switch, its exact values
-    [(_CUDA, "fp32_precision", ("ieee", "none")), (_CPU, "fp32_precision", ("ieee", "none"))]
-    if hasattr(_CUDA, "fp32_precision")  # torch >= 2.9
-    else [(_CUDA, "allow_tf32", (False,))]
-)
-
-
-class _FullPrecisionProduct(torch.autograd.Function):
-    """A batched product in full float32, both ways: a context around the forward pass would miss backward."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
-        with _full_float32():
-            return a @ b
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        a, b = ctx.saved_tensors
-        need_a, need_b = ctx.needs_input_grad
-        return (
-            _FullPrecisionProduct.apply(grad, b.mT) if need_a else None,
-            _FullPrecisionProduct.apply(a.mT, grad) if need_b else None,
-        )
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    return _FullPrecisionProduct.apply(a, b)
-
-
-def _recomputed(function: Callable[[Tensor, Tensor], Tensor], S: Tensor, F: Tensor) -> Tensor:
-    """``function(S, F)`` whose intermediate values are rebuilt in the backward pass rather than kept."""
-    result = checkpoint(function, S, F, use_reentrant=False)
+def _recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``function(*inputs)`` whose intermediate values are rebuilt in the backward pass rather than kept."""
+    result = checkpoint(function, *inputs, use_reentrant=False)
     assert isinstance(result, Tensor)
     return result
 
