@@ -588,7 +588,10 @@ class _Captured:
                 key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
             if site.only_average:
                 query = query[:, :, site.prefix :].mean(dim=2, keepdim=True)
-            return (query * site.scale) @ key.transpose(-2, -1)
+            query = query * site.scale
+            if query.shape[2] == 1:  # a product with one vector reads the keys as they lie
+                return (key @ query.transpose(-2, -1)).transpose(-2, -1)
+            return query @ key.transpose(-2, -1)
 
 
 class _Computed(_Captured):
