@@ -66,6 +66,8 @@ class ScmConfig(TrainConfig):
     """Take the start value as a constant for gradients, as the released code does."""
     stable_shrink: bool = False
     """Series for u - tanh(u) at small u: exact where float32 cancels."""
+    backend: Literal["stencil", "dense"] = "stencil"
+    """Calibration without matrices, or by n x n matrices as the equations are written: the same numbers."""
     mean_one_weights: bool = False
     """Control: divide the pooling weights by their mean, so that calibration cannot scale the logits."""
     logit_scale: float = 1.0
@@ -114,6 +116,7 @@ class ScmConfig(TrainConfig):
             "alpha",
             "detach_ns_init",
             "stable_shrink",
+            "backend",
             "mean_one_weights",
         )
         iterations = self.iterations[0] if len(self.iterations) == 1 else list(self.iterations)

@@ -210,7 +210,8 @@ def _similarity_setup(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> N
 
 
 def _similarity_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    return _similarity_backward_op(grad.contiguous(), *ctx.saved_tensors, ctx.width), None
+    (v,) = ctx.saved_tensors
+    return _similarity_backward_op(grad.contiguous(), v, ctx.width), None
 
 
 _similarity_op.register_autograd(_similarity_gradient, setup_context=_similarity_setup)
@@ -323,7 +324,8 @@ def _inverse_setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int, int], ou
 
 
 def _inverse_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-    found = _inverse_backward_op(grad.contiguous(), *ctx.saved_tensors, ctx.width, ctx.iterations)
+    X, V0, F = ctx.saved_tensors
+    found = _inverse_backward_op(grad.contiguous(), X, V0, F, ctx.width, ctx.iterations)
     return *found, None, None
 
 

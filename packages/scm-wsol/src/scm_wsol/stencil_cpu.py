@@ -116,31 +116,38 @@ class _Series(NamedTuple):
 
 def truncated_inverse(X: Array, V0: Array, F: Array, width: int, iterations: int) -> Array:
     """``d (b, n)`` of stencils ``X, V0 (b, 3, n)`` and ``F (b, n)``; V0 a multiple of X, 0 or more."""
-    given = _precise(iterations, X, V0, F)
-    d = np.empty_like(given[2])
-    series = _chebyshev(*given[:2], width, iterations)
-    if series is None:
-        terms = 2**iterations
-        in_pieces(lambda start, stop: _forward(*given, width, terms, d, start, stop), len(F))
-    else:
-        in_pieces(lambda start, stop: _forward_chebyshev(*given, width, series, d, start, stop), len(F))
-    return d.astype(F.dtype, copy=False)
+    dtype = F.dtype
+    X, V0, F = _precise(iterations, X, V0, F)
+    d = np.empty_like(F)
+    series = _chebyshev(X, V0, width, iterations)
+
+    def work(start: int, stop: int) -> None:
+        if series is None:
+            _forward(X, V0, F, width, 2**iterations, d, start, stop)
+        else:
+            _forward_chebyshev(X, V0, F, width, series, d, start, stop)
+
+    in_pieces(work, len(F))
+    return d.astype(dtype, copy=False)
 
 
 def truncated_inverse_backward(
     grad: Array, X: Array, V0: Array, F: Array, width: int, iterations: int
 ) -> tuple[Array, Array, Array]:
     """Gradients of X, V0 and F from that of d."""
-    given = _precise(iterations, grad, X, V0, F)
-    grads = tuple(np.zeros_like(array) for array in given[1:])
-    series = _chebyshev(*given[1:3], width, iterations)
-    if series is None:
-        terms = 2**iterations
-        in_pieces(lambda start, stop: _backward(*given, width, terms, *grads, start, stop), len(F))
-    else:
-        in_pieces(lambda start, stop: _backward_chebyshev(*given, width, series, *grads, start, stop), len(F))
-    of_X, of_V0, of_F = (array.astype(F.dtype, copy=False) for array in grads)
-    return of_X, of_V0, of_F
+    dtype = F.dtype
+    grad, X, V0, F = _precise(iterations, grad, X, V0, F)
+    of_X, of_V0, of_F = np.zeros_like(X), np.zeros_like(V0), np.zeros_like(F)
+    series = _chebyshev(X, V0, width, iterations)
+
+    def work(start: int, stop: int) -> None:
+        if series is None:
+            _backward(grad, X, V0, F, width, 2**iterations, of_X, of_V0, of_F, start, stop)
+        else:
+            _backward_chebyshev(grad, X, V0, F, width, series, of_X, of_V0, of_F, start, stop)
+
+    in_pieces(work, len(F))
+    return of_X.astype(dtype, copy=False), of_V0.astype(dtype, copy=False), of_F.astype(dtype, copy=False)
 
 
 def _precise(iterations: int, *arrays: Array) -> tuple[Array, ...]:
@@ -178,7 +185,7 @@ def _coefficients(step: int, iterations: int) -> NDArray[np.float64]:
         for _ in range(iterations):  # (1 + x)(1 + x²)(1 + x⁴)...: nothing cancels
             values *= 1 + power
             power = power * power
-        found = dct(values)[: points // 2] / points
+        found = np.asarray(dct(values))[: points // 2] / points
         found[0] /= 2
         size = np.abs(found)
         kept = int(np.flatnonzero(size > 4e-15 * size.sum())[-1]) + 1
