@@ -87,7 +87,8 @@ def test_imports_are_declared(package: Package) -> None:
         needs += [need for extra in owner.project["optional-dependencies"].values() for need in extra]
     declared = {canonicalize_name(Requirement(need).name) for need in needs}
     imported = {name for tree in package.modules.values() for name in imported_packages(tree)}
-    foreign = imported - set(sys.stdlib_module_names) - {package.source.name}
+    # Triton is a part of the PyTorch builds that have CUDA, and on no index for other platforms.
+    foreign = imported - set(sys.stdlib_module_names) - {package.source.name, "triton"}
     providers = packages_distributions()
     missing = {
         name for name in foreign if declared.isdisjoint(map(canonicalize_name, providers.get(name, [name])))

@@ -70,10 +70,22 @@ def stencil_diffusion(
     """What :func:`scm_wsol.calibration.dense_diffusion` gives, to rounding, in time and memory linear in n.
 
     Args:
-        E: :func:`stencil_similarity` of S where it is known already. The rest as for the dense form.
+        S: ``(b, c, h, w)`` semantic maps.
+        F: ``(b, h * w)`` attention map.
+        rate: λ.
+        iterations: Newton-Schulz steps p.
+        alpha: scale of the start value, or ``"auto"``.
+        laplacian, sign: as in ``modulated_laplacian``.
+        detach_init: take the start value as a constant in the gradient.
+        E: :func:`stencil_similarity` of S, where it is known already.
 
     Returns:
         ``(b, h * w)``, the redistributed map d.
+
+    Example:
+        >>> S, F = torch.tensor([[[[1.0, 1.0]], [[1.0, -1.0]]]]), torch.tensor([[1.0, 0.0]])
+        >>> stencil_diffusion(S, F, 1.0, iterations=0, alpha=0.5)  # unlike neighbours: X = [[0, 1], [1, 0]]
+        tensor([[0.0000, 0.5000]])
     """
     height, width = S.shape[-2:]
     E = stencil_similarity(S) if E is None else E  # step 2
@@ -285,8 +297,9 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from . import stencil_cpu
 
-    arrays = (tensor.numpy() for tensor in (grad, X, V0, F))
-    X_, V0_, F_ = stencil_cpu.truncated_inverse_backward(*arrays, width, iterations)
+    X_, V0_, F_ = stencil_cpu.truncated_inverse_backward(
+        grad.numpy(), X.numpy(), V0.numpy(), F.numpy(), width, iterations
+    )
     return torch.from_numpy(X_), torch.from_numpy(V0_), torch.from_numpy(F_)
 
 
