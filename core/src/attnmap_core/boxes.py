@@ -167,9 +167,10 @@ def boxes_from_score_map(
     values = score_map_to_uint8(score_map)
     if values.ndim != 2:
         raise ValueError(f"a score map is (h, w), got {values.shape}")
-    level = int(threshold_levels(threshold, int(values.max(initial=0))))
-    found = _contours(values > level, every=contours == "all")
-    if not len(found):
+    peak = int(values.max(initial=0))
+    level = int(threshold_levels(threshold, peak))
+    found = _contours(values > level) if contours == "all" else _largest_contour(values, level)
+    if level >= peak:
         return np.array([[0, 0, 1, 1] if convention == "tscam" else [0, 0, 0, 0]], dtype=np.int64)
     boxes = found + np.array([0, 0, 1, 1])
     if convention == "wsol":
@@ -181,8 +182,15 @@ def boxes_from_score_map(
 _EIGHT, _FOUR = np.ones((3, 3), np.int64), np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]])
 
 
-def _contours(binary: NDArray[np.bool_], *, every: bool) -> NDArray[np.int64]:
-    """Inclusive boxes ``(k, 4)`` of the contours in the order of OpenCV's RETR_TREE, or of the largest alone.
+def _largest_contour(values: NDArray[np.uint8], level: int) -> NDArray[np.int64]:
+    """Inclusive box ``(1, 4)`` of the contour of largest area above a level."""
+    from .metrics.level_tree import LevelTree
+
+    return LevelTree(values).largest[level][None]
+
+
+def _contours(binary: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Inclusive boxes ``(k, 4)`` of the contours in the order of OpenCV's RETR_TREE.
 
     The order is depth first; among siblings the one found last in raster order comes first.
     """
@@ -195,12 +203,6 @@ def _contours(binary: NDArray[np.bool_], *, every: bool) -> NDArray[np.int64]:
     region_boxes, region_first = _extents(regions)
     # The background around a region is that left of its first pixel; the region around a hole likewise.
     outside = _left_of(background, region_first, frame=1)
-    if not every:
-        top_level = np.flatnonzero(outside == 1)  # a region inside a hole is smaller than the one around it
-        filled = _regions(background != 1, _EIGHT)
-        area = _polygon_areas(filled)[filled.flat[region_first[top_level]] - 1]
-        best = max(range(len(top_level)), key=lambda k: (area[k], region_first[top_level[k]]))
-        return region_boxes[top_level[best]][None]
     hole_boxes, hole_first = _extents(np.where(background > 1, background - 1, 0))
     around = _left_of(regions, hole_first, frame=0) if len(hole_first) else np.zeros(0, dtype=int)
     inside: dict[tuple[str, int], list[int]] = {}
@@ -243,19 +245,6 @@ def _extents(labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.i
 def _left_of(labels: NDArray[np.int64], pixels: NDArray[np.int64], frame: int) -> NDArray[np.int64]:
     """Label left of each pixel, ``frame`` at the left edge."""
     return np.where(pixels % labels.shape[1] == 0, frame, labels.flat[np.maximum(pixels - 1, 0)])
-
-
-def _polygon_areas(labels: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Area of the polygon through the border pixels' centres, of each hole-free region 1..k.
-
-    Each 2 x 2 block counts one if all its pixels are inside, one half if three are.
-    """
-    blocks = np.stack([labels[:-1, :-1], labels[:-1, 1:], labels[1:, :-1], labels[1:, 1:]])
-    inside = (blocks > 0).sum(0)
-    area = np.where(inside == 4, 1.0, np.where(inside == 3, 0.5, 0.0))
-    # Pixels of one block touch, so all of its labels are one.
-    counted = np.bincount(blocks.max(0).ravel(), weights=area.ravel(), minlength=labels.max() + 1)
-    return counted[1:].astype(np.float64)
 
 
 # --- Conversions and IoU --------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from attnmap_core.metrics.level_tree import best_iou_by_level
+from attnmap_core.metrics.level_tree import LevelTree, best_iou_by_level
+from attnmap_core.threads import in_pieces
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -128,3 +129,36 @@ def test_neither_the_map_nor_its_memory_layout_matters() -> None:
     np.testing.assert_array_equal(best_iou_by_level(np.asfortranarray(values), boxes, every=True), expected)
     strided = np.repeat(values, 2, axis=1)[:, ::2]
     np.testing.assert_array_equal(best_iou_by_level(strided, boxes.astype(np.int32), every=True), expected)
+
+
+def test_one_tree_serves_any_boxes_and_both_kinds_of_contours() -> None:
+    rng = np.random.default_rng(5)
+    values = rng.integers(0, 256, (20, 30)).astype(np.uint8)
+    tree = LevelTree(values)
+    for seed in range(4):
+        boxes = np.sort(np.random.default_rng(seed).integers(0, 20, (2, 2, 2)), axis=1).reshape(2, 4)
+        for every in (True, False):
+            fresh = best_iou_by_level(values, boxes, every=every)
+            np.testing.assert_array_equal(tree.best_iou(boxes, every=every), fresh)
+
+
+def test_threads_do_not_share_what_they_write() -> None:
+    maps = [np.random.default_rng(seed).integers(0, 9, (40, 30)).astype(np.uint8) for seed in range(12)]
+    boxes = np.array([[3, 4, 20, 25]])
+    alone = [best_iou_by_level(values, boxes, every=True) for values in maps]
+    found: dict[int, Map] = {}
+
+    def work(start: int, stop: int) -> None:
+        for _ in range(20):
+            for i in range(start, stop):
+                found[i] = best_iou_by_level(maps[i], boxes, every=True)
+
+    in_pieces(work, len(maps), threads=4)
+    for i, curve in enumerate(alone):
+        np.testing.assert_array_equal(found[i], curve)
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((0, 3), np.uint8), np.zeros((3, 3)), np.zeros(4, np.uint8)])
+def test_what_is_no_uint8_map_is_named(wrong: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="expected a uint8 map"):
+        LevelTree(wrong)

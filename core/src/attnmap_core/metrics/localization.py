@@ -16,12 +16,15 @@ Accuracies are percent, as papers print them; IoU counts pixels inclusively in t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..boxes import box_iou, boxes_from_score_map, score_map_to_uint8, threshold_levels
+
+if TYPE_CHECKING:
+    from .level_tree import LevelTree
 
 Floats = NDArray[np.float64]
 IOU_THRESHOLDS = (0.3, 0.5, 0.7)
@@ -63,8 +66,20 @@ def best_iou_curve(
     References:
         Choe et al., "Evaluating Weakly Supervised Object Localization Methods Right", CVPR 2020.
     """
-    from .level_tree import best_iou_by_level
+    tree = _level_tree(score_map)
+    return _curve(tree, gt_boxes_xyxy, thresholds, every=contours == "all")
 
+
+def _level_tree(score_map: ArrayLike) -> LevelTree:
+    from .level_tree import LevelTree  # numba: half a second that only an evaluation pays
+
+    values = score_map_to_uint8(score_map)
+    if values.ndim != 2 or not values.size:
+        raise ValueError(f"a score map is (h, w), got {values.shape}")
+    return LevelTree(values)
+
+
+def _curve(tree: LevelTree, gt_boxes_xyxy: ArrayLike, thresholds: ArrayLike, *, every: bool) -> Floats:
     given = np.asarray(gt_boxes_xyxy).reshape(-1, 4)
     boxes = given.astype(np.int64)
     whole = bool((boxes == given).all())
@@ -72,11 +87,7 @@ def best_iou_curve(
         raise ValueError(
             f"expected true boxes xyxy in whole pixels, not negative, x0 <= x1 and y0 <= y1, got {given.tolist()}"
         )
-    values = score_map_to_uint8(score_map)
-    if values.ndim != 2 or not values.size:
-        raise ValueError(f"a score map is (h, w), got {values.shape}")
-    by_level = best_iou_by_level(values, boxes, every=contours == "all")
-    return by_level[threshold_levels(thresholds, int(values.max(initial=0)))]
+    return tree.best_iou(boxes, every=every)[threshold_levels(thresholds, tree.peak)]
 
 
 def max_box_acc(
@@ -188,8 +199,11 @@ def pixel_histograms(
         raise ValueError(f"score map {scores.shape} and mask {kinds.shape} differ in size")
     if scores.size and not (scores.min() >= 0 and scores.max() <= 1):
         raise ValueError(f"score map in [{scores.min()}, {scores.max()}], expected [0, 1]")
+    from .pixels import count_between
+
     edges = np.append(np.asarray(thresholds, dtype=np.float64), [1.0, 2.0, 3.0])
-    return np.histogram(scores[kinds == 1], edges)[0], np.histogram(scores[kinds == 0], edges)[0]
+    background, foreground = count_between(scores, kinds, edges)
+    return foreground, background
 
 
 def combine_masks(
@@ -324,9 +338,9 @@ class StandardProtocol(Protocol):
         """
         row: dict[str, Any] = {} if rank is None else {"rank": rank}
         if boxes_xyxy is not None and len(np.atleast_1d(np.asarray(boxes_xyxy))):
-            values = score_map_to_uint8(score_map)
-            largest = best_iou_curve(values, boxes_xyxy, self.thresholds)
-            every = best_iou_curve(values, boxes_xyxy, self.thresholds, "all")
+            tree = _level_tree(score_map)
+            every = _curve(tree, boxes_xyxy, self.thresholds, every=True)
+            largest = _curve(tree, boxes_xyxy, self.thresholds, every=False)
             levels = np.array(IOU_THRESHOLDS)[:, None]
             row["largest_right"], row["all_right"] = largest >= levels, every >= levels  # (iou, t)
             row["largest"] = largest.astype(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from attnmap_core.metrics.localization import (
     combine_masks,
     wsol_thresholds,
 )
+from attnmap_core.threads import in_pieces
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -169,6 +171,38 @@ def evaluate_model(
     loader = eval_loader(samples, batch_size, processes=processes, process=process, workers=workers)
     device = next(model.parameters()).device
     total = None if data.streaming else -(-len(data) // (batch_size * processes))
+
+    def measure(
+        batch: dict[str, Any], ranks: list[int], raw: dict[str, Any], best: Any, best_classes: Any, i: int
+    ) -> None:
+        """Hand image i of a batch to every protocol."""
+        index = int(batch["index"][i])
+        photo_boxes, photo_size = batch["boxes_xyxy"][i], batch["size_wh"][i]
+        boxes = resize_boxes(photo_boxes, photo_size, (size[1], size[0]))
+        mask = None
+        if batch["mask"][i] is not None:
+            mask = combine_masks([batch["mask"][i]], batch["ignore"][i], size)
+        for kind, protocol in result.kinds.items():
+            score_map = upsample_score_map(raw[kind][i], size)
+            protocol.add(index, rank=ranks[i], score_map=score_map, boxes_xyxy=boxes, mask=mask)
+        for name, protocol in result.floors.items():
+            protocol.add(index, rank=None, score_map=blind[name], boxes_xyxy=boxes, mask=mask)
+        if not len(photo_boxes) or not (scm or tscam):
+            return
+        boxes = resize_boxes(photo_boxes, photo_size, (size[1], size[0]), "scm")
+        if scm and best is not None:
+            linear = upsample_score_map(best[i], size, "bilinear")
+            scm.add(
+                index,
+                label=int(batch["labels"][i]),
+                classes=best_classes[i],
+                score_maps=linear,
+                boxes_xyxy=boxes,
+            )
+        if tscam:
+            linear = upsample_score_map(raw[kinds[0]][i], size, "bilinear")
+            tscam.add(index, rank=ranks[i], score_map=linear, boxes_xyxy=boxes)
+
     for batch in tqdm(
         loader,
         total=total,
@@ -183,28 +217,9 @@ def evaluate_model(
         raw = {kind: _numpy(model.class_maps(maps, labels, kind)) for kind in kinds}
         best = _numpy(model.class_maps(maps, ranked[:, :5])) if scm else None
         best_classes = ranked[:, :5].cpu().numpy()
-        for i, index in enumerate(batch["index"].tolist()):
-            photo_boxes, photo_size = batch["boxes_xyxy"][i], batch["size_wh"][i]
-            boxes = resize_boxes(photo_boxes, photo_size, (size[1], size[0]))
-            mask = None
-            if batch["mask"][i] is not None:
-                mask = combine_masks([batch["mask"][i]], batch["ignore"][i], size)
-            for kind, protocol in result.kinds.items():
-                score_map = upsample_score_map(raw[kind][i], size)
-                protocol.add(index, rank=ranks[i], score_map=score_map, boxes_xyxy=boxes, mask=mask)
-            for name, protocol in result.floors.items():
-                protocol.add(index, rank=None, score_map=blind[name], boxes_xyxy=boxes, mask=mask)
-            if not len(photo_boxes) or not (scm or tscam):
-                continue
-            boxes = resize_boxes(photo_boxes, photo_size, (size[1], size[0]), "scm")
-            if scm and best is not None:
-                linear = upsample_score_map(best[i], size, "bilinear")
-                scm.add(
-                    index, label=int(labels[i]), classes=best_classes[i], score_maps=linear, boxes_xyxy=boxes
-                )
-            if tscam:
-                linear = upsample_score_map(raw[kinds[0]][i], size, "bilinear")
-                tscam.add(index, rank=ranks[i], score_map=linear, boxes_xyxy=boxes)
+        image = partial(measure, batch, ranks, raw, best, best_classes)
+        # Most of it is compiled and leaves the GIL to the other threads.
+        in_pieces(lambda start, stop, image=image: [image(i) for i in range(start, stop)], len(labels))
     result.others = {name: p for name, p in (("scm", scm), ("tscam", tscam)) if p is not None}
     for protocol in (*result.kinds.values(), *result.floors.values(), *result.others.values()):
         protocol.merge(gather_objects(accelerator, protocol.state()))
