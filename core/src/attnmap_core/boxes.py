@@ -8,8 +8,7 @@ Three conventions meet in weakly supervised localization:
 - ``xywh`` in files, ``xyxy`` everywhere else.
 
 Boxes of a score map follow the reference WSOL evaluator: the map becomes uint8, a threshold makes it binary,
-and each contour gives a box. No OpenCV is needed: an outer border is an 8-connected region, a hole border
-surrounds a 4-connected region of background.
+and each contour gives a box. No OpenCV is needed: see :mod:`attnmap_core.metrics.level_tree`.
 """
 
 from __future__ import annotations
@@ -167,84 +166,18 @@ def boxes_from_score_map(
     values = score_map_to_uint8(score_map)
     if values.ndim != 2:
         raise ValueError(f"a score map is (h, w), got {values.shape}")
+    from .metrics.level_tree import LevelTree, contour_boxes
+
     peak = int(values.max(initial=0))
     level = int(threshold_levels(threshold, peak))
-    found = _contours(values > level) if contours == "all" else _largest_contour(values, level)
     if level >= peak:
         return np.array([[0, 0, 1, 1] if convention == "tscam" else [0, 0, 0, 0]], dtype=np.int64)
+    found = contour_boxes(values > level) if contours == "all" else LevelTree(values).largest[level][None]
     boxes = found + np.array([0, 0, 1, 1])
     if convention == "wsol":
         height, width = values.shape
         boxes[:, 2:] = np.minimum(boxes[:, 2:], [width - 1, height - 1])
     return boxes
-
-
-_EIGHT, _FOUR = np.ones((3, 3), np.int64), np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]])
-
-
-def _largest_contour(values: NDArray[np.uint8], level: int) -> NDArray[np.int64]:
-    """Inclusive box ``(1, 4)`` of the contour of largest area above a level."""
-    from .metrics.level_tree import LevelTree
-
-    return LevelTree(values).largest[level][None]
-
-
-def _contours(binary: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Inclusive boxes ``(k, 4)`` of the contours in the order of OpenCV's RETR_TREE.
-
-    The order is depth first; among siblings the one found last in raster order comes first.
-    """
-    regions = _regions(binary, _EIGHT)
-    if not binary.any():
-        return np.zeros((0, 4), dtype=np.int64)
-    background = _regions(np.pad(~binary, 1, constant_values=True), _FOUR)[
-        1:-1, 1:-1
-    ]  # 1 is what lies outside all regions, around the frame
-    region_boxes, region_first = _extents(regions)
-    # The background around a region is that left of its first pixel; the region around a hole likewise.
-    outside = _left_of(background, region_first, frame=1)
-    hole_boxes, hole_first = _extents(np.where(background > 1, background - 1, 0))
-    around = _left_of(regions, hole_first, frame=0) if len(hole_first) else np.zeros(0, dtype=int)
-    inside: dict[tuple[str, int], list[int]] = {}
-    for k in np.argsort(-region_first):
-        inside.setdefault(("background", int(outside[k])), []).append(int(k))
-    for k in np.argsort(-hole_first):
-        inside.setdefault(("region", int(around[k])), []).append(int(k))
-    found: list[NDArray[np.int64]] = []
-    stack = [("region", k) for k in reversed(inside[("background", 1)])]
-    while stack:
-        kind, k = stack.pop()
-        if kind == "region":
-            found.append(region_boxes[k])
-            stack += [("hole", hole) for hole in reversed(inside.get(("region", k + 1), []))]
-        else:
-            found.append(hole_boxes[k] + np.array([-1, -1, 1, 1]))  # the border runs around the hole
-            stack += [("region", region) for region in reversed(inside.get(("background", k + 2), []))]
-    return np.stack(found)
-
-
-def _regions(binary: NDArray[np.bool_], neighbours: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Connected regions as labels 1..k, in raster order of their first pixels; 0 elsewhere."""
-    from scipy import ndimage
-
-    labels = np.empty(binary.shape, dtype=np.int64)
-    ndimage.label(binary, structure=neighbours, output=labels)
-    return labels
-
-
-def _extents(labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Inclusive boxes ``(k, 4)`` of labels 1..k and the raster index of each one's first pixel."""
-    from scipy import ndimage
-
-    slices = ndimage.find_objects(labels)
-    boxes = [(x.start, y.start, x.stop - 1, y.stop - 1) for y, x in slices]
-    _, first = np.unique(labels, return_index=True)
-    return np.array(boxes, dtype=np.int64).reshape(-1, 4), first[len(first) - len(boxes) :]
-
-
-def _left_of(labels: NDArray[np.int64], pixels: NDArray[np.int64], frame: int) -> NDArray[np.int64]:
-    """Label left of each pixel, ``frame`` at the left edge."""
-    return np.where(pixels % labels.shape[1] == 0, frame, labels.flat[np.maximum(pixels - 1, 0)])
 
 
 # --- Conversions and IoU --------------------------------------------------------------------------------

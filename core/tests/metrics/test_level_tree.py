@@ -142,6 +142,18 @@ def test_one_tree_serves_any_boxes_and_both_kinds_of_contours() -> None:
             np.testing.assert_array_equal(tree.best_iou(boxes, every=every), fresh)
 
 
+def test_another_map_in_between_changes_nothing() -> None:
+    rng = np.random.default_rng(0)
+    boxes = np.array([[3, 4, 20, 25]])
+    for _ in range(10):
+        first, second = (rng.integers(0, 256, (40, 30)).astype(np.uint8) for _ in range(2))
+        expected = LevelTree(first).best_iou(boxes, every=True)
+        tree = LevelTree(first)
+        tree.best_iou(boxes, every=False)  # finds the holes, which are kept
+        LevelTree(second).best_iou(boxes, every=True)
+        np.testing.assert_array_equal(tree.best_iou(boxes, every=True), expected)
+
+
 def test_threads_do_not_share_what_they_write() -> None:
     maps = [np.random.default_rng(seed).integers(0, 9, (40, 30)).astype(np.uint8) for seed in range(12)]
     boxes = np.array([[3, 4, 20, 25]])

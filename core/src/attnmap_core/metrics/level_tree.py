@@ -74,16 +74,17 @@ class LevelTree:
         self._framed = _framed(values)
 
     @cached_property
-    def _holes(self) -> tuple[Nodes, Bytes]:
-        """Boxes of all holes with their levels, and the framed map with its holes filled."""
+    def _holes(self) -> tuple[Nodes, Bytes, Bytes]:
+        """Boxes of all holes with their levels, the framed map with its holes filled, and which pixels merged two."""
         scratch = _scratch(self._framed.shape)
         n, filled = _filled(self._framed, scratch)
-        return scratch[_NODES][:n].copy(), filled
+        return scratch[_NODES][:n].copy(), filled, scratch[_MERGED][: filled.size].copy()
 
     @cached_property
     def _regions(self) -> Nodes:
         """Boxes of all outer regions with their levels."""
-        scratch = _scratch(self._framed.shape)
+        merged, scratch = self._holes[2], _scratch(self._framed.shape)
+        scratch[_MERGED][: merged.size] = merged  # another map may have been here since
         n, _ = _sweep(self._framed, False, False, scratch)
         return scratch[_NODES][:n].copy()
 
@@ -121,6 +122,21 @@ def best_iou_by_level(
         boxes_xyxy, every: as there.
     """
     return LevelTree(values).best_iou(boxes_xyxy, every=every)
+
+
+def contour_boxes(binary: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Inclusive boxes ``(k, 4)`` of all contours of a binary map ``(h, w)``, in the order of OpenCV's RETR_TREE.
+
+    The order is depth first; among siblings the one found last in raster order comes first.
+
+    Example:
+        >>> ring = np.ones((3, 3), bool)
+        >>> ring[1, 1] = False
+        >>> contour_boxes(ring).tolist()  # the outer border, then that of the hole
+        [[0, 0, 2, 2], [0, 0, 2, 2]]
+    """
+    framed = _framed(binary.astype(np.uint8) * np.uint8(_LEVELS - 1))
+    return _nested(framed, _scratch(framed.shape))
 
 
 # --- What a pixel does, by which of its neighbours come before it -----------------------------------------
@@ -489,6 +505,56 @@ def _largest_borders(filled: Bytes, scratch: _Scratch) -> NDArray[np.int64]:
         if held[0, level] >= 0:
             boxes[level] = nodes[held[0, level], :4]
     return boxes
+
+
+@_jit
+def _nested(framed: Bytes, scratch: _Scratch) -> NDArray[np.int64]:
+    """Contours of a map of 0 and 255, numbered as a raster scan meets them: right of the contour around them."""
+    size, stride = framed.size, framed.shape[1]
+    region = np.zeros((2, size), np.int32)  # of each pixel: outer region and hole; 0 is the outside
+    box = np.zeros((2, size, 4), np.int32)  # of each region
+    for kind in (1, 0):
+        _, seeds = _sweep(framed, kind == 1, False, scratch)
+        parent, state, seed, number = scratch[_PARENT], scratch[_STATE], scratch[_SEED], scratch[_NUMBER]
+        roots = np.zeros(seeds, np.int32)
+        for i in range(seeds):
+            root = _root(parent, i)
+            roots[i] = 0 if state[root, _BORN] == _OPEN else root
+            for side in range(4):
+                box[kind, i, side] = state[i, side]
+        for pixel in range(size):
+            region[kind, pixel] = roots[number[seed[pixel]]]
+    contour = np.zeros((2, size), np.int32)  # of each region; 0 is the outside
+    boxes = np.zeros((size, 4), np.int64)
+    child, following = (
+        np.zeros(size, np.int32),
+        np.zeros(size, np.int32),
+    )  # of each contour; the last found comes first
+    count = 1
+    for y in range(1, framed.shape[0] - 1):
+        for pixel in range(y * stride + 1, y * stride + stride - 1):
+            kind = 0 if framed[y, pixel - y * stride] else 1
+            found = region[kind, pixel]
+            if found and not contour[kind, found]:
+                contour[kind, found] = count
+                x0, y0, x1, y1 = box[kind, found]
+                boxes[count] = x0 - 1 - kind, y0 - 1 - kind, x1 - 1 + kind, y1 - 1 + kind
+                around = contour[1 - kind, region[1 - kind, pixel - 1]]
+                following[count] = child[around]
+                child[around] = count
+                count += 1
+    ordered = np.empty((count - 1, 4), np.int64)
+    stack, top, n = np.zeros(count + 1, np.int32), 1, 0
+    stack[0] = child[0]
+    while top:
+        top -= 1
+        at = stack[top]
+        if at:
+            ordered[n] = boxes[at]
+            n += 1
+            stack[top], stack[top + 1] = following[at], child[at]
+            top += 2
+    return ordered
 
 
 # --- From boxes to IoU ------------------------------------------------------------------------------------
