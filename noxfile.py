@@ -174,6 +174,7 @@ def bench(session: nox.Session) -> None:
         session.error(f"no benchmark {sorted(unknown)}; there are {sorted(BENCHMARKS)}")
     chosen = [BENCHMARKS[name] for name in names] or list(BENCHMARKS.values())
     install_tree(session, *FOLDERS)
-    session.install(*(peer for script in chosen for peer in nox.project.load_toml(script)["dependencies"]))
+    if peers := [peer for script in chosen for peer in nox.project.load_toml(script)["dependencies"]]:
+        session.install(*peers)
     for script in chosen:
         session.run("python", str(script), *options, env=ONE_THREAD)

@@ -107,8 +107,10 @@ class LevelTree:
         if not every:
             return _best_of_each(self.largest, *self.shape, boxes, self.peak)
         best = np.zeros((_SPANS, _LEVELS))
-        _raise(best, self._holes[0], *self.shape, boxes)
-        _raise(best, self._regions, *self.shape, boxes)
+        holes, _, _ = self._holes
+        _raise(best, self._regions, *self.shape, boxes, np.zeros(_LEVELS))
+        # Of very many holes most are too small for the levels where they live.
+        _raise(best, holes, *self.shape, boxes, np.minimum.accumulate(_spread(best)))
         return _best_of_all(best, *self.shape, boxes, self.peak)
 
 
@@ -586,8 +588,18 @@ def _iou(x0: int, y0: int, x1: int, y1: int, h: int, w: int, boxes: NDArray[np.i
 
 
 @_jit
-def _raise(best: NDArray[np.float64], nodes: Nodes, h: int, w: int, boxes: NDArray[np.int64]) -> None:
-    """Max every node's IoU into its levels."""
+def _raise(
+    best: NDArray[np.float64],
+    nodes: Nodes,
+    h: int,
+    w: int,
+    boxes: NDArray[np.int64],
+    reached: NDArray[np.float64],
+) -> None:
+    """Max every node's IoU into its levels, but for nodes too small for what all levels up to theirs have reached."""
+    smallest = np.int64(1) << 62
+    for g in range(boxes.shape[0]):
+        smallest = min(smallest, (boxes[g, 2] - boxes[g, 0] + 1) * (boxes[g, 3] - boxes[g, 1] + 1))
     for i in range(nodes.shape[0]):
         x0, y0, x1, y1 = (
             np.int64(nodes[i, 0]),
@@ -595,6 +607,8 @@ def _raise(best: NDArray[np.float64], nodes: Nodes, h: int, w: int, boxes: NDArr
             np.int64(nodes[i, 2]),
             np.int64(nodes[i, 3]),
         )
+        if (x1 - x0 + 2) * (y1 - y0 + 2) / smallest < reached[nodes[i, 5]]:
+            continue
         iou = _iou(x0, y0, x1, y1, h, w, boxes)
         span, first, second = _cover(nodes[i, 4], nodes[i, 5])
         best[span, first] = max(best[span, first], iou)
