@@ -775,3 +775,102 @@ def test_wrong_arguments(vit: Backbone, images: Tensor) -> None:
             tap.weights()
         with pytest.raises(RuntimeError, match="open already"):
             tap.__enter__()
+
+
+# --- A tap for a loss: every pass in training
+
+
+@pytest.fixture
+def tapped() -> tuple[Any, AttentionTap]:
+    torch.manual_seed(0)
+    options = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "dynamic_img_size": True}
+    net = create_backbone("vit", img_size=32, **options).train()
+    return net, AttentionTap(net, [-1]).attach(in_training=True)
+
+
+def test_passes_in_training_are_recorded_unasked(tapped: tuple[Any, AttentionTap]) -> None:
+    net, tap = tapped
+    sizes = [(32, 32), (16, 48)]
+    for size in sizes:
+        net(torch.randn(1, 3, *size))
+    with torch.no_grad():
+        net(torch.randn(1, 3, 32, 32))
+    net.eval()(torch.randn(1, 3, 32, 32))
+    assert len(tap) == 2
+    records = [tap.pop(), tap.pop()]
+    assert [record.image_size for record in records] == sizes
+    assert [record.logits().shape[-1] for record in records] == [17, 13]
+    assert records[0].logits().requires_grad
+    net.train()(torch.randn(1, 3, 32, 32))
+    tap.clear()
+    assert len(tap) == 0
+    tap.detach()
+    net(torch.randn(1, 3, 32, 32))
+    assert len(tap) == 0
+    assert count_hooks(net) == 0
+
+
+def test_recording_leaves_the_passes_that_wait(tapped: tuple[Any, AttentionTap]) -> None:
+    net, tap = tapped
+    net(torch.randn(2, 3, 32, 32))
+    with tap.recording() as record:
+        net(torch.randn(1, 3, 16, 16))
+    assert (record.logits().shape[0], record.image_size) == (1, (16, 16))
+    assert len(tap) == 1
+    assert tap.pop().logits().shape[0] == 2
+
+
+def test_passes_that_nobody_takes_end_in_an_error(tapped: tuple[Any, AttentionTap]) -> None:
+    net, _ = tapped
+    for _ in range(32):
+        net(torch.randn(1, 3, 16, 16))
+    with pytest.raises(RuntimeError, match="none was taken"):
+        net(torch.randn(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("query", ["cls", "avg"])
+@pytest.mark.parametrize("keep_keys", [True, False])
+def test_queries_and_keys_make_the_logits(query: Any, keep_keys: bool) -> None:
+    net = create_backbone("vit", img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
+    with torch.no_grad(), AttentionTap(net, query=query, keep_keys=keep_keys) as tap:
+        net(torch.randn(2, 3, 32, 32))
+        record = tap.pop()
+    if not keep_keys:
+        with pytest.raises(ValueError, match="keep_keys=True"):
+            record.queries_and_keys()
+        return
+    for index, (q, k) in enumerate(record.queries_and_keys()):
+        expected = torch.einsum("bhd,bhnd->bhn", q, k) * 8**-0.5
+        torch.testing.assert_close(record.logits()[:, index], expected)
+
+
+def test_one_block_itself_and_another_attention() -> None:
+    class Attention(nn.Module):
+        scale = 1.0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+
+        def queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.q_norm(x.unsqueeze(1)), self.k_norm(x.unsqueeze(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k = self.queries_and_keys(x)
+            return (q @ k.mT).softmax(-1).squeeze(1) @ x
+
+    class Staged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Module()
+            self.last.attn = Attention()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last.attn(x)
+
+    net, x = Staged(), torch.randn(2, 5, 3)
+    with AttentionTap(net, net.last, "avg") as tap:
+        net(x)
+        torch.testing.assert_close(tap.logits()[:, 0, 0], torch.einsum("bd,bnd->bn", x.mean(1), x))
+    with pytest.raises(ValueError, match="has no class token"):
+        AttentionTap(net, net.last)

@@ -34,6 +34,8 @@ Query = Literal["cls", "avg"]
 
 _logger = logging.getLogger(__name__)
 
+_MOST_WAITING = 32  # records of forward passes in training that nobody takes, until that is an error
+
 
 class Features(NamedTuple):
     """What a backbone says about a batch of images.
@@ -284,6 +286,33 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return cast(dict[str, Tensor], loaded)
 
 
+def converted_weights(net: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of another release or image size as ``net``, a timm network, wants them; as they are if none applies.
+
+    Args:
+        net: the network; its class decides which conversions there are, resampled position embeddings among them.
+        state: tensors by name, which may or may not fit.
+
+    Returns:
+        A new dict. Whether it fits is for :func:`mismatched_keys` to say.
+
+    Example:
+        >>> from timm.models.vision_transformer import VisionTransformer
+        >>> sizes = dict(patch_size=8, embed_dim=8, depth=1, num_heads=2)
+        >>> small, large = VisionTransformer(img_size=16, **sizes), VisionTransformer(img_size=32, **sizes)
+        >>> converted_weights(large, small.state_dict())["pos_embed"].shape
+        torch.Size([1, 17, 8])
+    """
+    # timm keeps the conversions of each family beside its class under this name.
+    convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+    if convert is not None:
+        try:
+            return dict(convert(dict(state), net))
+        except (AttributeError, KeyError, RuntimeError, ValueError) as error:
+            _logger.debug("the weights do not convert: %s", error)  # a comparison of keys says what is wrong
+    return dict(state)
+
+
 def mismatched_keys(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], limit: int = 8) -> str | None:
     """Say in one line how the tensors ``found`` in a file differ from those ``wanted``; None if they fit.
 
@@ -323,7 +352,13 @@ class AttentionRecord:
 
     It refers to the queries and keys of that pass, which the fused kernel keeps for the backward pass anyway.
     Drop the record and they go.
+
+    Attributes:
+        image_size: ``(height, width)`` of the images of that pass, where the tap is attached ``in_training`` and
+            the network itself or its patch embedding was called with images; otherwise None.
     """
+
+    image_size: tuple[int, int] | None = None
 
     def __init__(self, wanted: int, query: Query, prefix: int, full: bool) -> None:
         self._wanted = wanted
@@ -349,6 +384,17 @@ class AttentionRecord:
         if not self._full:
             raise ValueError("weights() needs a tap made with AttentionTap(..., full=True)")
         return [captured.logits().softmax(dim=-1) for captured in self._complete()]
+
+    def queries_and_keys(self) -> list[tuple[Tensor, Tensor]]:
+        """For each block the query ``(b, heads, d)`` and all keys ``(b, heads, keys, d)``, prefix tokens first.
+
+        As they enter the kernel, after norms and rotary embedding, before the attention's scale.
+
+        Raises:
+            ValueError: if the pass ran without gradient and the tap was not made with ``keep_keys=True``.
+        """
+        found = [captured.queries_and_keys() for captured in self._complete()]
+        return [(self._row(query), key) for query, key in found]
 
     def _row(self, logits: Tensor) -> Tensor:
         if self._full and self._query == "avg":
@@ -387,14 +433,21 @@ class AttentionTap:
     A model that always needs its attention keeps a tap: ``self.tap = AttentionTap(vit).attach()`` in the
     constructor and, in ``forward``, ``with self.tap.recording() as record: ...`` then ``record.rows()``.
     Outside of ``recording()`` such a tap records nothing. ``copy.deepcopy`` of the model copies it.
+    ``attach(in_training=True)`` also records every forward pass in training mode with gradient, for a loss that
+    takes them by :meth:`pop`; each must be taken.
+
+    An attention of another class is read if it has ``scale``, a method ``queries_and_keys`` and, as timm's, modules
+    ``q_norm`` and ``k_norm`` through which its ``forward`` passes the queries and then the keys.
 
     Works under autocast, ``torch.compile``, gradient checkpointing and DistributedDataParallel.
 
     Args:
         model: a :class:`Backbone` or timm ViT whose blocks hold plain or rotary self-attention.
-        blocks: which blocks, as indices (negative: from the end); default: all. Records are in block order.
+        blocks: which blocks, as indices (negative: from the end), or one block itself of a network without a
+            single stack of them; default: all. Records are in block order.
         query: ``"cls"`` the class token; ``"avg"`` the mean of the patch queries, for ViTs without one.
         full: offer the attention weights of all queries too, at ``O(n^2)``.
+        keep_keys: keep the keys of passes without gradient too, for :meth:`AttentionRecord.queries_and_keys`.
 
     Raises:
         ValueError: if a block's attention is of an unsupported class (the message names it), a block index is
@@ -411,26 +464,43 @@ class AttentionTap:
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Iterable[int] | None = None, query: Query = "cls", full: bool = False
+        self,
+        model: nn.Module,
+        blocks: Iterable[int] | nn.Module | None = None,
+        query: Query = "cls",
+        full: bool = False,
+        keep_keys: bool = False,
     ) -> None:
         net: Any = model
         for wrapper in ("_orig_mod", "module"):  # torch.compile, DistributedDataParallel
             net = getattr(net, wrapper, net)
-        net = net.model if isinstance(net, Backbone) else net
+        takes_images = [net]
+        if isinstance(net, Backbone):
+            net = net.model
+            takes_images.append(net)
+        if isinstance(getattr(net, "patch_embed", None), nn.Module):
+            takes_images.append(net.patch_embed)  # which forward_features() calls in any case
         if query not in ("cls", "avg"):
             raise ValueError(f"query must be 'cls' or 'avg', got {query!r}")
-        if query == "cls" and getattr(net, "cls_token", None) is None:
+        if query == "cls" and not _has_class_token(net):
             raise ValueError(
                 f"this {type(net).__name__} has no class token; use query='avg' instead of 'cls'"
             )
-        stack = _blocks_of(net)
+        if isinstance(blocks, nn.Module):
+            stack, blocks = [blocks], None
+        else:
+            stack = _blocks_of(net)
         chosen = range(len(stack)) if blocks is None else list(blocks)
         if not len(chosen) or not all(-len(stack) <= index < len(stack) for index in chosen):
             raise ValueError(f"blocks must be indices of the {len(stack)} blocks, got {list(chosen)}")
         self.blocks = sorted({index % len(stack) for index in chosen})
         self.query: Query = query
         self.full = full
+        self.keep_keys = keep_keys
         self.num_prefix_tokens = int(getattr(net, "num_prefix_tokens", 0))
+        self._takes_images = takes_images
+        self._image_size: tuple[int, int] | None = None
+        self._in_training = False
         self._sites = [_Site(self, stack[index], index, order) for order, index in enumerate(self.blocks)]
         self._handles: list[RemovableHandle] = []
         self._records: list[AttentionRecord] = []
@@ -438,15 +508,27 @@ class AttentionTap:
         self._open = False
         self._was_read = False
 
-    def attach(self) -> Self:
-        """Put the hooks in for good, for :meth:`recording`; gives the tap itself."""
+    def attach(self, *, in_training: bool = False) -> Self:
+        """Put the hooks in for good, for :meth:`recording`; gives the tap itself.
+
+        Args:
+            in_training: record, without being asked, each forward pass in training mode with gradient enabled.
+        """
+        self.detach()
+        self._in_training = in_training
         self._hook()
         self._attached = True
         return self
 
+    def clear(self) -> None:
+        """Drop every record not yet popped, and the graphs they hold."""
+        self._records = []
+        self._was_read = False
+
     def detach(self) -> None:
         """Take the hooks of :meth:`attach` out and drop every record."""
         self._attached = False
+        self._in_training = False
         self._close()
 
     def recording(self) -> _Recording:
@@ -497,24 +579,36 @@ class AttentionTap:
         # The copy of a model (an EMA, say) gets a tap on its own blocks; records stay with the original.
         copied = object.__new__(type(self))
         memo[id(self)] = copied
-        fresh: dict[str, Any] = {"_records": [], "_open": False, "_was_read": False}
+        fresh: dict[str, Any] = {"_records": [], "_open": False, "_was_read": False, "_image_size": None}
         copied.__dict__.update(copy.deepcopy(self.__dict__ | fresh, memo))
         return copied
 
     def _hook(self) -> None:
         if not self._attached:
             self._handles = [handle for site in self._sites for handle in site.hook()]
+            if self._in_training:
+                self._handles += [
+                    module.register_forward_pre_hook(self._see) for module in self._takes_images
+                ]
 
     def _close(self) -> None:
         self._open = False
-        self._was_read = False
-        self._records = []
+        self.clear()
         for site in self._sites:
             site.query = site.rope = None
         if not self._attached:
             for handle in self._handles:
                 handle.remove()
             self._handles = []
+
+    def _listens(self) -> bool:
+        return self._open or (
+            self._in_training and self._sites[0].attention.training and torch.is_grad_enabled()
+        )
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._listens() and args and isinstance(args[0], Tensor) and args[0].ndim == 4:
+            self._image_size = (args[0].shape[2], args[0].shape[3])
 
     def _new_record(self) -> AttentionRecord:
         return AttentionRecord(len(self._sites), self.query, self.num_prefix_tokens, self.full)
@@ -534,7 +628,13 @@ class AttentionTap:
             if self._records and len(self._records[-1]._captured) < len(self._sites):
                 self._records[-1]._captured = []  # the empty one of recording(), or a pass an error ended
             else:
+                if len(self._records) >= _MOST_WAITING and not self._open:
+                    raise RuntimeError(
+                        f"{len(self._records)} forward passes were recorded and none was taken; pop() each, or "
+                        "clear() or detach() the tap"
+                    )
                 self._records.append(self._new_record())
+            self._records[-1].image_size, self._image_size = self._image_size, None
         if not self._records or len(self._records[-1]._captured) != order:
             raise RuntimeError(f"block {self.blocks[order]} ran out of order; a tap needs them in sequence")
         self._records[-1]._captured.append(captured)
@@ -552,6 +652,7 @@ class _Recording:
             raise RuntimeError("this attention tap is recording already; end that first")
         tap._hook()
         record = tap._new_record()
+        self._waiting = tap._records  # of passes in training, where the tap records those
         tap._records = [record]
         tap._open = True
         return record
@@ -561,6 +662,8 @@ class _Recording:
     ) -> None:
         records = self._tap._records
         self._tap._close()
+        if self._tap._attached:
+            self._tap._records = self._waiting
         if kind is None:
             if len(records) > 1:
                 raise RuntimeError(f"{len(records)} forward passes ran in one recording(); use one for each")
@@ -578,6 +681,15 @@ class _Captured:
 
     def logits(self) -> Tensor:
         """``(b, heads, queries, keys)``, with one query (the class token, the mean patch) or all of them."""
+        query, key = self.queries_and_keys()
+        with torch.autocast(key.device.type, enabled=False):
+            query = query * self._site.scale
+            if query.shape[2] == 1:  # a product with one vector reads the keys as they lie
+                return (key @ query.transpose(-2, -1)).transpose(-2, -1)
+            return query @ key.transpose(-2, -1)
+
+    def queries_and_keys(self) -> tuple[Tensor, Tensor]:
+        """``(b, heads, queries, d)``, one query or all, and ``(b, heads, keys, d)``, as they enter the kernel."""
         site, dtype = self._site, torch.promote_types(self._key.dtype, torch.float32)
         with torch.autocast(self._key.device.type, enabled=False):
             query, key = self._query.to(dtype), self._key.to(dtype)
@@ -588,10 +700,7 @@ class _Captured:
                 key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
             if site.only_average:
                 query = query[:, :, site.prefix :].mean(dim=2, keepdim=True)
-            query = query * site.scale
-            if query.shape[2] == 1:  # a product with one vector reads the keys as they lie
-                return (key @ query.transpose(-2, -1)).transpose(-2, -1)
-            return query @ key.transpose(-2, -1)
+            return query, key
 
 
 class _Computed(_Captured):
@@ -603,6 +712,11 @@ class _Computed(_Captured):
     def logits(self) -> Tensor:
         return self._computed
 
+    def queries_and_keys(self) -> tuple[Tensor, Tensor]:
+        raise ValueError(
+            "queries_and_keys() of a pass without gradient needs AttentionTap(..., keep_keys=True)"
+        )
+
 
 class _Site:
     """The hooks on one block's attention."""
@@ -610,7 +724,8 @@ class _Site:
     def __init__(self, tap: AttentionTap, block: nn.Module, index: int, order: int) -> None:
         attention: Any = getattr(block, "attn", block)
         forward: Any = type(attention).forward
-        if forward not in _supported_forwards() or not hasattr(attention, "q_norm"):
+        known = forward in _supported_forwards() or hasattr(attention, "queries_and_keys")
+        if not known or not hasattr(attention, "q_norm"):
             raise ValueError(
                 f"block {index}: a tap does not know the attention of {type(attention).__name__}; it reads "
                 "timm's Attention, AttentionRope and EvaAttention"
@@ -634,7 +749,7 @@ class _Site:
         ]
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.tap._open:
+        if not self.tap._listens():
             return
         given = dict(zip(self.arguments, args)) | kwargs
         if given.get("attn_mask") is not None or given.get("is_causal"):
@@ -642,15 +757,17 @@ class _Site:
         self.query, self.rope = None, given.get("rope")
 
     def on_query(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if self.tap._open and not output.is_meta and not _recomputing():
+        if self.tap._listens() and not output.is_meta and not _recomputing():
             self.query = output[:, :, :1] if self.only_cls else output
 
     def on_key(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if not self.tap._open or self.query is None:
+        if not self.tap._listens() or self.query is None:
             return
         captured = _Captured(self, self.query, output, self.rope)
         self.query = self.rope = None
-        self.tap._collect(self.order, captured if torch.is_grad_enabled() else _Computed(captured.logits()))
+        if not torch.is_grad_enabled() and not self.tap.keep_keys:
+            captured = _Computed(captured.logits())
+        self.tap._collect(self.order, captured)
 
     def rotate(self, tokens: Tensor, rope: Tensor) -> Tensor:
         from timm.layers.pos_embed_sincos import apply_rot_embed_cat
@@ -676,7 +793,16 @@ def _supported_forwards() -> list[Any]:
     return [kind.forward for kind in kinds]
 
 
+def _has_class_token(net: nn.Module) -> bool:
+    # Hierarchical networks hold theirs in the stage where it joins.
+    return getattr(net, "cls_token", None) is not None or any(
+        name.endswith(".cls_token") for name, _ in net.named_parameters()
+    )
+
+
 def _blocks_of(net: Any) -> list[nn.Module]:
+    if isinstance(every := getattr(net, "all_blocks", None), list):  # of all stages, where there are several
+        return cast(list[nn.Module], every)
     blocks = getattr(net, "blocks", None)
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)):
         raise ValueError(f"{type(net).__name__} has no stack of transformer blocks")
@@ -722,13 +848,7 @@ def _load_weights(net: Any, path: Path) -> None:
     classifier: str | Sequence[str] = pretrained_cfg.get("classifier") or "head"
     heads = tuple(f"{head}." for head in ([classifier] if isinstance(classifier, str) else classifier))
     state = {key: value for key, value in read_weights(path).items() if not key.startswith(heads)}
-    # timm keeps the conversions of each family, resampling among them, beside its class under this name.
-    convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
-    if convert is not None:
-        try:
-            state = convert(state, net)
-        except (AttributeError, KeyError, RuntimeError, ValueError) as error:
-            _logger.debug("%s does not convert: %s", path, error)  # the keys below say what is wrong
+    state = converted_weights(net, state)
     problem = mismatched_keys(net.state_dict(), state)
     if problem:
         raise InputError(

@@ -13,6 +13,7 @@ import pytest
 from attnmap_core.data import images
 from attnmap_core.data.images import (
     list_images,
+    load_class_map,
     load_image,
     load_mask,
     resize_mask,
@@ -363,3 +364,33 @@ def test_resize_mask_is_opencv_nearest() -> None:
         mask = rng.random(shape) > 0.5
         theirs = cv2.resize(mask.astype(np.uint8), size[::-1], interpolation=cv2.INTER_NEAREST).astype(bool)
         assert np.array_equal(resize_mask(mask, size), theirs)
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "1", "I", "I;16"])
+def test_class_map_keeps_numbers_and_not_colours(mode: str) -> None:
+    values = np.array([[0, 1, 0], [1, 0, 1]]) * (1 if mode == "1" else 255)
+    kinds = {"1": np.bool_, "I": np.int32, "I;16": np.uint16}
+    picture = Image.fromarray(values.astype(kinds.get(mode, np.uint8)))
+    if mode == "P":
+        picture.putpalette([7, 7, 7] * 256)  # as colours they would all be the same
+    assert picture.mode == mode
+    found = load_class_map(encoded(picture, "TIFF"))
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, values)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "CMYK", "F"])
+def test_class_map_of_colours_is_refused(mode: str) -> None:
+    with pytest.raises(
+        InputError, match=rf"^a\.tif: a picture of mode {mode}, expected class numbers"
+    ) as caught:
+        load_class_map(Image.new(mode, (3, 2)), "a.tif")
+    assert "\n" not in str(caught.value)
+
+
+def test_class_map_of_large_numbers_and_broken_ones() -> None:
+    large = Image.fromarray(np.array([[256]], np.uint16))
+    with pytest.raises(InputError, match=r"a\.png: class numbers 256\.\.256, expected 0\.\.255"):
+        load_class_map(large, "a.png")
+    with pytest.raises(InputError, match=r"a\.png: 0 bytes"):
+        load_class_map(b"", "a.png")

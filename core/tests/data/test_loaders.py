@@ -21,7 +21,9 @@ from attnmap_core.data.loaders import (
     gather_objects,
     gather_samples,
     import_training_extra,
+    samples_of,
 )
+from attnmap_core.data.transforms import Preprocessing, train_transform
 from attnmap_core.errors import InputError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -354,3 +356,45 @@ def test_gather_objects_of_one_process():
 def test_missing_extra_names_its_command():
     with pytest.raises(InputError, match=r'not_there is not installed.*pip install "attnmap-core\[train\]"'):
         import_training_extra("not_there.part")
+
+
+# --- Class maps ---------------------------------------------------------------------------------------------
+
+
+class Scenes(Photos):
+    """Photos whose class map holds their number."""
+
+    streaming = False
+    segmentation = "some"
+
+    def __getitem__(self, i: int) -> SimpleNamespace:
+        sample = super().__getitem__(i)
+        sample.segmentation = np.full((4, 5), i, np.uint8)
+        return sample
+
+
+def test_class_maps_go_through_the_transform_and_beside_it():
+    resize = train_transform(Preprocessing(size=(6, 7)))
+    both = SampleDataset(Scenes(5), resize, seed=3, with_targets=True, with_segmentation=True)
+    [batch] = eval_loader(both, 5)
+    assert (batch["pixel_labels"].dtype, batch["pixel_labels"].shape) == (torch.int64, (5, 6, 7))
+    assert batch["pixel_labels"][:, 0, 0].tolist() == list(range(5))
+    assert [classes.shape for classes in batch["segmentation"]] == [(4, 5)] * 5
+    [plain] = eval_loader(SampleDataset(Scenes(5), resize, seed=3), 5)
+    assert torch.equal(plain["images"], batch["images"])
+    assert not {"pixel_labels", "segmentation"} & set(plain)
+
+
+@pytest.mark.multiprocess
+def test_class_maps_from_workers_and_in_training_steps():
+    data = samples_of(Scenes(7), train_transform(Preprocessing(size=(6, 7))), seed=1, with_segmentation=True)
+    alone, helped = (TrainSteps(data, 2, accumulate=2, workers=workers) for workers in (0, 2))
+    assert_equal_steps(epoch_of(alone), epoch_of(helped))
+    assert flat(epoch_of(alone))[0]["pixel_labels"].shape == (2, 6, 7)
+
+
+def test_data_without_class_maps_are_refused():
+    data = Scenes(2)
+    data.segmentation, data.name = None, "folder:photos"
+    with pytest.raises(InputError, match="folder:photos: no class maps"):
+        samples_of(data, to_tensor, seed=0, with_segmentation=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from attnmap_core.data import sources
-from attnmap_core.data.layouts.listing import Record, image_features
+from attnmap_core.data.layouts.listing import Record, SegmentationClasses, image_features
 from attnmap_core.data.sources import ImageData, describe_sources, load_data, records_to_dataset
 from attnmap_core.errors import InputError
 from PIL import Image
@@ -323,3 +323,29 @@ def test_import_needs_no_extra_and_missing_datasets_is_explained(album: Path) ->
         "assert not {'torch', 'matplotlib', 'scipy.io', 'cv2'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+# --- Class maps -------------------------------------------------------------------------------------------
+
+
+def test_class_map_of_a_sample(tmp_path: Path, photo: str) -> None:
+    numbers = np.full((10, 20), 2, np.uint8)
+    numbers[0, :3] = 0, 255, 1
+    Image.fromarray(numbers).save(tmp_path / "map.png")
+    meaning = SegmentationClasses(labels=("wall", "sky"), first=1)
+    records = [Record("a", photo, 0, segmentation=str(tmp_path / "map.png"))]
+    table = records_to_dataset(records, ["photo"], segmentation=True)
+    assert table.features == image_features(["photo"], segmentation=True)
+    data = ImageData(table, labels=["photo"], name="test", split="all", segmentation=meaning)
+    found = data[0].segmentation
+    assert found is not None
+    assert found[0, :4].tolist() == [255, 255, 0, 1]
+    assert found[1:].tolist() == [[1] * 20] * 9
+    assert data_of(Record("a", photo, 0))[0].segmentation is None
+
+
+def test_encoded_photo_in_place_of_a_path(photo: str) -> None:
+    content = Path(photo).read_bytes()
+    assert data_of(Record("a", content, 0))[0].image.size == (20, 10)
+    with pytest.raises(InputError, match=r"^a: truncated"):
+        data_of(Record("a", content[:43], 0))[0]

@@ -337,3 +337,61 @@ def test_from_timm_crop_equals_timms_own_transform() -> None:
     image = photo(400, 250)
     difference = (pre.denormalise(eval_transform(pre)(image)) - pre.denormalise(theirs(image))).abs() * 255
     assert difference.max() < 1.5
+
+
+# --- Class maps -------------------------------------------------------------------------------------------
+
+
+def coded(width: int, height: int) -> tuple[Image.Image, np.ndarray]:
+    """A photo whose colour is black or white by the class of each pixel, in blocks of 8 pixels."""
+    blocks = np.random.default_rng(0).integers(0, 2, (-(-height // 8), -(-width // 8)), dtype=np.uint8)
+    classes = blocks.repeat(8, axis=0).repeat(8, axis=1)[:height, :width].copy()
+    return Image.fromarray(np.repeat(classes[..., None] * 255, 3, axis=2)), classes
+
+
+@pytest.mark.parametrize("original", [(90, 60), (61, 97)])
+@pytest.mark.parametrize("kind", ["eval", "centre", "random", "random_resized", "whole"])
+def test_class_map_moves_with_the_image(original: tuple[int, int], kind: str) -> None:
+    image, classes = coded(*original)
+    pre = (
+        Preprocessing(size=(40, 48), resize=56, crop="center")
+        if kind == "centre"
+        else Preprocessing(size=(40, 48))
+    )
+    crops = {"random": "random", "random_resized": "random_resized", "whole": "none"}
+    transform = train_transform(pre, crop=crops[kind]) if kind in crops else eval_transform(pre)  # type: ignore[arg-type]
+    for seed in range(6):
+        torch.manual_seed(seed)
+        alone = transform(image)
+        after = torch.rand(1)
+        torch.manual_seed(seed)
+        tensor, labels = transform.with_segmentation(image, classes)
+        assert torch.equal(tensor, alone)
+        assert torch.equal(torch.rand(1), after)  # the map draws nothing of its own
+        assert (labels.dtype, labels.shape) == (torch.int64, (40, 48))
+        # Blocks meet along lines, where the image is a mixture; a shift of a pixel would spoil many more.
+        gray = pre.denormalise(tensor)[0]
+        clear = (gray - 0.5).abs() > 0.49
+        assert clear.float().mean() > 0.3
+        assert ((gray > 0.5).long() == labels)[clear].all()
+        assert ((gray > 0.5).long() == labels).float().mean() > 0.93
+
+
+def test_class_map_is_resized_as_pillow_resizes_palette_pictures() -> None:
+    classes = np.random.default_rng(1).choice(np.array([0, 5, 20, 255], np.uint8), (37, 53))
+    palette = Image.fromarray(classes).convert("P")
+    palette.putdata(classes.ravel().tolist())
+    pre = Preprocessing(size=(48, 48))
+    _, labels = eval_transform(pre).with_segmentation(Image.new("RGB", (53, 37)), classes)
+    np.testing.assert_array_equal(labels.numpy(), np.asarray(palette.resize((48, 48))))
+    assert set(labels.unique().tolist()) == {0, 5, 20, 255}
+
+
+def test_class_map_of_another_size_is_refused() -> None:
+    for classes in (np.zeros((4, 5), np.uint8), np.zeros((5, 4), np.int64)):
+        for transform in (
+            eval_transform(Preprocessing(size=(8, 8))),
+            train_transform(Preprocessing(size=(8, 8))),
+        ):
+            with pytest.raises(ValueError, match="expected a uint8 class map"):
+                transform.with_segmentation(Image.new("RGB", (4, 5)), classes)

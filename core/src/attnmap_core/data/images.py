@@ -193,6 +193,33 @@ def load_mask(source: ImageSource, name: str | None = None) -> NDArray[np.bool_]
     return np.asarray(gray) > 0
 
 
+def load_class_map(source: ImageSource, name: str | None = None) -> NDArray[np.uint8]:
+    """Decode a picture of class numbers: ``(H, W)``, the palette's indices or the gray values as stored.
+
+    Raises:
+        InputError: as :func:`load_image`; for a colour picture, whose classes cannot be known; and for numbers
+            above 255.
+
+    Example:
+        >>> palette = Image.new("P", (2, 1), 7)
+        >>> palette.putpalette([0, 128, 0] * 8)
+        >>> load_class_map(palette)
+        array([[7, 7]], dtype=uint8)
+    """
+    image, name = _read(source, name)
+    if image.mode not in ("P", "L", "1") and not image.mode.startswith("I"):
+        raise InputError(
+            f"{name}: a picture of mode {image.mode}, expected class numbers (a palette or a gray PNG); "
+            "get the original file"
+        )
+    numbers = np.asarray(image)
+    if numbers.min() < 0 or numbers.max() > 255:
+        raise InputError(
+            f"{name}: class numbers {numbers.min()}..{numbers.max()}, expected 0..255; get the original file"
+        )
+    return numbers.astype(np.uint8)
+
+
 def resize_mask(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
     """Nearest-neighbour resize of a mask by OpenCV's rule: pixel ``i`` comes from ``floor(i * from / to)``.
 

@@ -116,8 +116,11 @@ class SampleDataset(Dataset[Batch]):
             ``torch``.
         seed: with the epoch and the index it seeds those three for one call of ``transform``; their states
             are put back afterwards.
-        with_targets: also pass on ``boxes_xyxy``, ``size_wh``, ``mask``, ``ignore`` and ``image_id``, for
-            evaluation.
+        with_targets: also pass on ``boxes_xyxy``, ``size_wh``, ``mask``, ``ignore`` and ``image_id``, and the
+            ``segmentation`` of samples that have one, for evaluation.
+        with_segmentation: also give ``pixel_labels``, the segmentation of each sample taken through the transform with
+            its image: for that, ``transform`` has ``with_segmentation``, as those of
+            :mod:`~attnmap_core.data.transforms` have.
 
     Example:
         >>> from types import SimpleNamespace
@@ -130,12 +133,19 @@ class SampleDataset(Dataset[Batch]):
     """
 
     def __init__(
-        self, data: Samples, transform: Transform, seed: int = 26, *, with_targets: bool = False
+        self,
+        data: Samples,
+        transform: Transform,
+        seed: int = 26,
+        *,
+        with_targets: bool = False,
+        with_segmentation: bool = False,
     ) -> None:
         self.data = data
         self.transform = transform
         self.seed = seed
         self.with_targets = with_targets
+        self.with_segmentation = with_segmentation
 
     def __len__(self) -> int:
         return len(self.data)
@@ -143,7 +153,11 @@ class SampleDataset(Dataset[Batch]):
     def __getitem__(self, index: int | Draw) -> Batch:
         draw = index if isinstance(index, Draw) else Draw(0, int(index))
         item = _to_item(
-            self.data[draw.index], self.transform, (self.seed, draw.epoch, draw.index), self.with_targets
+            self.data[draw.index],
+            self.transform,
+            (self.seed, draw.epoch, draw.index),
+            self.with_targets,
+            self.with_segmentation,
         )
         return {**item, "index": draw.index, "weight": draw.weight}
 
@@ -158,9 +172,9 @@ class StreamDataset(Dataset[Batch]):
 
     Args:
         data: see :class:`SampleStream`.
-        transform, seed, with_targets: as in :class:`SampleDataset`. The randomness of a sample is seeded by
-            its ``image_id`` here: in a shuffled stream it has no index, and ``index`` is -1 in training
-            batches.
+        transform, seed, with_targets, with_segmentation: as in :class:`SampleDataset`. The randomness of a
+            sample is seeded by its ``image_id`` here: in a shuffled stream it has no index, and ``index`` is -1
+            in training batches.
         shuffle_buffer: rows held for shuffling.
     """
 
@@ -171,17 +185,25 @@ class StreamDataset(Dataset[Batch]):
         seed: int = 26,
         *,
         with_targets: bool = False,
+        with_segmentation: bool = False,
         shuffle_buffer: int = 1000,
     ) -> None:
         self.data = data
         self.transform = transform
         self.seed = seed
         self.with_targets = with_targets
+        self.with_segmentation = with_segmentation
         self.shuffle_buffer = shuffle_buffer
 
     def __getitem__(self, index: _Row) -> Batch:
         sample: Any = self.data.to_sample(index.row, index.position)
-        item = _to_item(sample, self.transform, (self.seed, index.epoch, sample.image_id), self.with_targets)
+        item = _to_item(
+            sample,
+            self.transform,
+            (self.seed, index.epoch, sample.image_id),
+            self.with_targets,
+            self.with_segmentation,
+        )
         return {**item, "index": index.position, "weight": 1.0}
 
 
@@ -193,23 +215,49 @@ class _Row(NamedTuple):
     row: Mapping[str, Any]
 
 
-def _to_item(sample: LabelledImage, transform: Transform, seed: Sequence[Any], with_targets: bool) -> Batch:
+def _to_item(
+    sample: LabelledImage,
+    transform: Transform,
+    seed: Sequence[Any],
+    with_targets: bool,
+    with_segmentation: bool,
+) -> Batch:
+    full: Any = sample
+    item: Batch = {"label": int(sample.label)}
     with _seeded(seed):
-        item: Batch = {"image": transform(sample.image), "label": int(sample.label)}
+        if with_segmentation:
+            both: Any = transform
+            item["image"], item["pixel_labels"] = both.with_segmentation(full.image, full.segmentation)
+        else:
+            item["image"] = transform(sample.image)
     if with_targets:
-        full: Any = sample
         item["boxes_xyxy"] = np.asarray(full.boxes_xyxy, dtype=np.float64).reshape(-1, 4)
         item["size_wh"] = full.image.size
         item |= {name: getattr(full, name) for name in ("mask", "ignore", "image_id")}
+        if getattr(full, "segmentation", None) is not None:
+            item["segmentation"] = full.segmentation
     return item
 
 
 def samples_of(
-    data: Any, transform: Transform, *, seed: int, with_targets: bool = False
+    data: Any,
+    transform: Transform,
+    *,
+    seed: int,
+    with_targets: bool = False,
+    with_segmentation: bool = False,
 ) -> SampleDataset | StreamDataset:
-    """The data set of an :class:`~attnmap_core.data.sources.ImageData`, whether it streams or not."""
+    """The data set of an :class:`~attnmap_core.data.sources.ImageData`, whether it streams or not.
+
+    Raises:
+        InputError: if segmentations are asked for and the data have none.
+    """
+    if with_segmentation and data.segmentation is None:
+        raise InputError(
+            f"{data.name}: no class maps, which segmentation needs; give data that have them, such as ade20k:PATH"
+        )
     kind = StreamDataset if data.streaming else SampleDataset
-    return kind(data, transform, seed, with_targets=with_targets)
+    return kind(data, transform, seed, with_targets=with_targets, with_segmentation=with_segmentation)
 
 
 @contextmanager
@@ -234,9 +282,10 @@ def collate(items: Sequence[Batch]) -> Batch:
 
     Returns:
         ``images`` ``(b, 3, h, w)`` float; ``labels`` and ``index`` ``(b,)`` int64; ``weight``, the float
-        explained at the top of this module; and, with targets, lists of length ``b``: ``boxes_xyxy`` (``(k,
-        4)`` pixels of the photo), ``size_wh`` (the photo's), ``mask`` and ``ignore`` (``(H, W)`` bool or
-        None), ``image_id``.
+        explained at the top of this module; with segmentations, ``pixel_labels`` ``(b, h, w)`` int64, 255 where a
+        pixel counts for nothing; and, with targets, lists of length ``b``: ``boxes_xyxy`` (``(k, 4)`` pixels of the
+        photo), ``size_wh`` (the photo's), ``mask`` and ``ignore`` (``(H, W)`` bool or None), ``image_id``, and
+        ``segmentation`` (``(H, W)`` uint8 of the photo) where samples have one.
 
     Example:
         >>> items = [{"image": torch.zeros(3, 2, 2), "label": k, "index": k, "weight": 0.5} for k in (4, 7)]
@@ -250,7 +299,9 @@ def collate(items: Sequence[Batch]) -> Batch:
         "index": torch.tensor([item["index"] for item in items]),
         "weight": float(items[0]["weight"]),
     }
-    extra = [name for name in items[0] if name not in {"image", "label", "index", "weight"}]
+    if "pixel_labels" in items[0]:
+        batch["pixel_labels"] = torch.stack([item["pixel_labels"] for item in items])
+    extra = [name for name in items[0] if name not in {"image", "label", "index", "weight", "pixel_labels"}]
     return batch | {name: [item[name] for item in items] for name in extra}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +21,23 @@ from PIL import Image
 
 from ..boxes import xywh_to_xyxy, xyxy_to_xywh
 from ..errors import InputError
-from .images import ImageSource, load_image, load_mask, reasons_not_to_read, resize_mask
+from .images import ImageSource, load_class_map, load_image, load_mask, reasons_not_to_read, resize_mask
+from .layouts.ade20k import list_ade20k
 from .layouts.caltech101 import list_caltech101
+from .layouts.cars import list_cars
+from .layouts.cifar import list_cifar10, list_cifar100
 from .layouts.cub import list_cub
+from .layouts.domainnet import is_domain, list_domainnet
+from .layouts.flowers102 import list_flowers102
 from .layouts.folder import list_folder
-from .layouts.hub import open_hub, read_split, stream_split
+from .layouts.hub import class_names, open_hub, read_split, stream_split
 from .layouts.imagenet import list_imagenet
-from .layouts.listing import Listing, Record, image_features, import_datasets
-from .layouts.splits import SplitOptions, check_unique, only_classes, plan_split
+from .layouts.imagenet_variants import list_imagenet_a, list_imagenet_c
+from .layouts.listing import Listing, Record, SegmentationClasses, image_features, import_datasets
+from .layouts.pets import list_pets
+from .layouts.splits import SplitOptions, check_unique, only_classes, plan_split, read_class_list
 from .layouts.voc import list_voc
+from .layouts.voc_segmentation import VOC_FOLDERS, list_voc_segmentation
 from .layouts.wsol import CubV2Boxes, list_wsol
 
 if TYPE_CHECKING:
@@ -55,6 +63,8 @@ class Sample:
             (OpenImages): resize by nearest neighbour.
         ignore: ``(H, W)`` of the same kind: pixels that count neither as foreground nor as background.
             Where it has the size of ``mask``, foreground is already taken out; else do so after resizing.
+        segmentation: ``(H, W)`` uint8 class index of each pixel of ``image``, 255 where a pixel counts for nothing;
+            None if there is none.
         image_id: names the photo within its data set.
         index: its place in the :class:`ImageData` it came from.
     """
@@ -66,6 +76,7 @@ class Sample:
     ignore: NDArray[np.bool_] | None
     image_id: str
     index: int
+    segmentation: NDArray[np.uint8] | None = None
 
 
 class ImageData:
@@ -78,6 +89,7 @@ class ImageData:
         streaming: rows can only be iterated; there is no length and no ``[i]``.
         upright: photos are turned as their EXIF orientation says.
         clip_boxes: boxes that leave the image are cut instead of refused.
+        segmentation: what the class maps mean, with their class names; None where there are none.
 
     Example:
         >>> import tempfile
@@ -98,6 +110,7 @@ class ImageData:
         streaming: bool = False,
         upright: bool = True,
         clip_boxes: bool = False,
+        segmentation: SegmentationClasses | None = None,
     ) -> None:
         self._rows: Any = dataset
         self.labels = list(labels)
@@ -106,6 +119,7 @@ class ImageData:
         self.streaming = streaming
         self.upright = upright
         self.clip_boxes = clip_boxes
+        self.segmentation = segmentation
 
     @property
     def dataset(self) -> datasets.Dataset | datasets.IterableDataset:
@@ -133,7 +147,8 @@ class ImageData:
         """Decode one row of ``dataset``.
 
         Raises:
-            InputError: that names the photo, if it or a mask cannot be read or a box lies outside of it.
+            InputError: that names the photo, if it, a mask or a class map cannot be read, a box lies outside of it, or
+                a class map has another size or a number that is no class.
         """
         image_id = str(row["image_id"])
         image = load_image(*_source(row["image"], image_id), upright=self.upright)
@@ -146,7 +161,20 @@ class ImageData:
             ignore=ignore,
             image_id=image_id,
             index=index,
+            segmentation=self._class_map(row, image_id, image.size),
         )
+
+    def _class_map(self, row: Row, image_id: str, size: tuple[int, int]) -> NDArray[np.uint8] | None:
+        if self.segmentation is None:
+            return None
+        source, name = _source(row["segmentation"], image_id)
+        numbers = load_class_map(source, name)
+        if numbers.shape != (size[1], size[0]):
+            raise InputError(
+                f"{name}: a class map of {numbers.shape[1]}x{numbers.shape[0]} pixels, expected {size[0]}x{size[1]} "
+                f"as its photo {image_id}; get both files again"
+            )
+        return self.segmentation.indices(numbers, name)
 
     @property
     def targets(self) -> NDArray[np.int64]:
@@ -183,6 +211,8 @@ class ImageData:
                 "images_with_boxes": sum(map(bool, boxes)),
                 "images_with_masks": sum(map(bool, self._column("masks"))),
             }
+        if self.segmentation is not None:
+            counts["segmentation_classes"] = len(self.segmentation.labels)
         return counts
 
     def _column(self, name: str) -> list[Any]:
@@ -198,6 +228,7 @@ class ImageData:
             streaming=self.streaming,
             upright=self.upright,
             clip_boxes=self.clip_boxes,
+            segmentation=self.segmentation,
         )
 
     def readable(self, *, progress: bool) -> ImageData:
@@ -254,6 +285,8 @@ def load_data(
     seed: int = 0,
     split_file: str | Path | None = None,
     classes: str | Sequence[str] | None = None,
+    classes_file: str | Path | None = None,
+    fraction: float = 1.0,
     annotations: str | Path | None = None,
     clip_boxes: bool = False,
     cubv2_boxes: CubV2Boxes = "corners",
@@ -275,11 +308,15 @@ def load_data(
             the check is made on the way, at the price of decoding twice.)
         val_fraction: share of the training images held out as ``val`` where there is no official ``val``.
         test_fraction: share of all images that is ``test`` where there are no official splits at all.
-        seed: of the dealing.
+        seed: of the dealing and of ``fraction``.
         split_file: JSON ``{"train": [...], "val": [...], "test": [...]}`` of image ids; takes the place of
             all other rules. Images it does not name are left out.
         classes: keep only images of these classes, which become labels 0, 1, ... in this order; a list,
             or one string with commas.
+        classes_file: the same from a text file, one class a line; the labels keep the order that they have in the
+            data set, so that the list and a folder with just these classes give the same.
+        fraction: use only this share of the ``train`` images of each class, chosen by a hash of ``seed`` and their id:
+            the same on every machine, and contained in every larger share. Other splits stay whole.
         annotations: boxes that lie elsewhere: a COCO or ``metadata.jsonl`` file for an image folder; an XML
             folder, list or CSV for ``imagenet:``.
         clip_boxes: cut boxes that leave the image by more than a pixel, instead of refusing them.
@@ -306,25 +343,39 @@ def load_data(
         test_fraction=test_fraction,
         seed=seed,
         file=Path(split_file) if split_file else None,
+        fraction=fraction,
     )
     # A command line gives one string; taken as a sequence it would be letters.
     classes = classes.split(",") if isinstance(classes, str) else classes
     labels = labels.split(",") if isinstance(labels, str) else labels
     scheme, where = _parse(spec)
     _check_fit(
-        scheme, split_file=split_file, classes=classes, annotations=annotations, cubv2_boxes=cubv2_boxes
+        scheme,
+        split_file=split_file,
+        classes=classes,
+        classes_file=classes_file,
+        fraction=fraction,
+        annotations=annotations,
+        cubv2_boxes=cubv2_boxes,
     )
+    list_of_classes = None if classes_file is None else Path(classes_file)
     if scheme == "synthetic":
         data = _synthetic(where, split, streaming=streaming)
     elif scheme == "hf":
-        rows, names, name = _read_hub(where, split, options, classes, labels, cache_dir, streaming=streaming)
+        rows, names, name = _read_hub(
+            where, split, options, classes, list_of_classes, labels, cache_dir, streaming=streaming
+        )
         data = ImageData(
             rows, labels=names, name=name, split=split, streaming=streaming, clip_boxes=clip_boxes
         )
     else:
         listing = _list(scheme, where, Path(annotations) if annotations else None, cubv2_boxes)
+        if list_of_classes is not None:
+            classes = read_class_list(list_of_classes, listing.labels)
         records, names = _choose_records(listing, split, options, classes)
-        table: Any = records_to_dataset(_with_boxes_inside(records, clip=clip_boxes), names)
+        table: Any = records_to_dataset(
+            _with_boxes_inside(records, clip=clip_boxes), names, segmentation=listing.segmentation is not None
+        )
         data = ImageData(
             table.to_iterable_dataset() if streaming else table,
             labels=names,
@@ -333,6 +384,7 @@ def load_data(
             streaming=streaming,
             upright=listing.upright,
             clip_boxes=clip_boxes,
+            segmentation=listing.segmentation,
         )
     if skip_unreadable:
         data = data.readable(progress=progress)
@@ -353,10 +405,12 @@ def check_data_options(options: Mapping[str, Any]) -> None:
             raise InputError(f"data option {name}: unknown; expected one of {', '.join(known)}")
 
 
-def records_to_dataset(records: Sequence[Record], labels: Sequence[str]) -> datasets.Dataset:
+def records_to_dataset(
+    records: Sequence[Record], labels: Sequence[str], *, segmentation: bool = False
+) -> datasets.Dataset:
     """A table of ids, paths, labels and boxes in memory, with :func:`image_features`; writes no file."""
     library = import_datasets()
-    features: Any = image_features(labels)
+    features: Any = image_features(labels, segmentation=segmentation)
     columns: dict[str, list[Any]] = {
         "image_id": [record.image_id for record in records],
         "image": [_encoded(record.path) for record in records],
@@ -365,6 +419,8 @@ def records_to_dataset(records: Sequence[Record], labels: Sequence[str]) -> data
         "masks": [[_encoded(mask) for mask in record.masks] for record in records],
         "ignore": [_encoded(record.ignore) for record in records],
     }
+    if segmentation:
+        columns["segmentation"] = [_encoded(record.segmentation) for record in records]
     # Arrow converts millions of rows itself; the library would call Python for each value of each.
     schema = features.arrow_schema
     table = schema.empty_table().from_pydict(columns, schema=schema)
@@ -381,11 +437,22 @@ def describe_sources() -> dict[str, str]:
     """What ``--data`` takes, and what it means; for ``list`` and for error messages."""
     return {
         "synthetic[:name=value,...]": "the embedded default: drawn creatures with exact boxes and masks",
-        "PATH": "any of the following, recognised by its files",
+        "PATH": "most of the following, recognised by their files",
         "folder:PATH": "PATH/<class>/*.jpg or PATH/{train,val,test}/...; boxes: metadata.jsonl or COCO",
         "cub:PATH": "CUB-200-2011 (CUB_200_2011/), val from CUBV2 if unpacked there",
         "wsol:METADATA_DIR@IMAGE_ROOT": "lists of the WSOL evaluator: CUB, ILSVRC, OpenImages with masks",
-        "imagenet:PATH": "ILSVRC2012: train/<wnid>/, val/ (as split test), boxes from XML, list or CSV",
+        "imagenet:PATH": "ILSVRC2012 or some of its classes: train/<wnid>/, val/ (as split test), boxes from XML, "
+        "list or CSV",
+        "imagenet-a:PATH": "ImageNet-A: imagenet-a/<wnid>/, 200 classes, split test",
+        "imagenet-c:PATH@CORRUPTION/SEVERITY": "ImageNet-C: one corruption at severity 1..5, split test",
+        "cifar10:PATH": "CIFAR-10: cifar-10-batches-py/",
+        "cifar100:PATH": "CIFAR-100, fine labels: cifar-100-python/",
+        "flowers102:PATH": "Oxford 102 Flowers: jpg/, imagelabels.mat, setid.mat",
+        "pets:PATH": "Oxford-IIIT Pets: images/, annotations/trainval.txt, annotations/test.txt",
+        "cars:PATH": "Stanford Cars: cars_train/, cars_test/, devkit/*.mat, with boxes",
+        "domainnet:PATH/DOMAIN": "a domain of DomainNet with its lists beside it, or prepared as train/ and val/",
+        "voc-segmentation:PATH": "Pascal VOC 2012 with SegmentationClass/: class maps, splits train and val",
+        "ade20k:PATH": "ADEChallengeData2016: class maps of 150 classes, splits train and val",
         "voc:PATH": "images/ and annotations/*.xml (Pascal VOC)",
         "caltech101:PATH": "101_ObjectCategories/ and Annotations/: boxes, and outlines as masks",
         "hf://owner/name[:config][?label=COLUMN]": "a data set of the Hugging Face Hub",
@@ -393,7 +460,20 @@ def describe_sources() -> dict[str, str]:
     }
 
 
-_SCHEMES = ("synthetic", "folder", "cub", "wsol", "imagenet", "voc", "caltech101", "hf")
+_LAYOUTS: dict[str, Callable[[Path], Listing]] = {
+    "ade20k": list_ade20k,
+    "caltech101": list_caltech101,
+    "cars": list_cars,
+    "cifar10": list_cifar10,
+    "cifar100": list_cifar100,
+    "domainnet": list_domainnet,
+    "flowers102": list_flowers102,
+    "imagenet-a": list_imagenet_a,
+    "pets": list_pets,
+    "voc": list_voc,
+    "voc-segmentation": list_voc_segmentation,
+}
+_SCHEMES = ("synthetic", "folder", "cub", "wsol", "imagenet", "imagenet-c", "hf", *_LAYOUTS)
 
 
 def _parse(spec: str) -> tuple[str, str]:
@@ -416,6 +496,8 @@ def _check_fit(
     *,
     split_file: str | Path | None,
     classes: Sequence[str] | None,
+    classes_file: str | Path | None,
+    fraction: float,
     annotations: str | Path | None,
     cubv2_boxes: CubV2Boxes,
 ) -> None:
@@ -425,6 +507,12 @@ def _check_fit(
     if scheme == "synthetic" and (split_file is not None or classes is not None):
         raise InputError(
             "synthetic data: split_file and classes do not apply; write synthetic:class_range=0:6,..."
+        )
+    if classes is not None and classes_file is not None:
+        raise InputError(f"classes and classes_file {classes_file} exclude each other; give one of them")
+    if scheme == "synthetic" and (classes_file is not None or fraction != 1):
+        raise InputError(
+            "synthetic data: classes_file and fraction do not apply; write synthetic:train=100,..."
         )
     if annotations is not None and scheme not in ("folder", "imagenet"):
         raise InputError(
@@ -447,6 +535,22 @@ def _recognise(path: Path) -> str:
         return "hf"
     if has("images.txt", "image_class_labels.txt") or has("CUB_200_2011/images.txt"):
         return "cub"
+    if has("batches.meta", "data_batch_1") or has("cifar-10-batches-py"):
+        return "cifar10"
+    if (has("meta", "train", "test") and (path / "meta").is_file()) or has("cifar-100-python"):
+        return "cifar100"
+    if has("setid.mat", "imagelabels.mat"):
+        return "flowers102"
+    if has("devkit/cars_train_annos.mat"):
+        return "cars"
+    if has("annotations/trainval.txt", "images"):
+        return "pets"
+    if has("ADEChallengeData2016") or has("images/training", "annotations/training"):
+        return "ade20k"
+    if any(has(f"{top}ImageSets/Segmentation", f"{top}SegmentationClass") for top in VOC_FOLDERS):
+        return "voc-segmentation"
+    if is_domain(path):
+        return "domainnet"
     if has("ILSVRC/Data/CLS-LOC") or has("Data/CLS-LOC") or (any_of("train/n????????") and has("val")):
         return "imagenet"
     if has("101_ObjectCategories") or any_of("[Aa]nnotations/*/annotation_*.mat"):
@@ -466,15 +570,21 @@ def _list(scheme: str, where: str, annotations: Path | None, cubv2_boxes: CubV2B
         if not (metadata and at and images):
             raise InputError(f"wsol:{where}: expected wsol:METADATA_DIR@IMAGE_ROOT; add the missing part")
         return list_wsol(Path(metadata), Path(images).expanduser(), cubv2_boxes=cubv2_boxes)
+    if scheme == "imagenet-c":
+        root, at, part = where.rpartition("@")
+        if not (root and at and part):
+            raise InputError(
+                f"imagenet-c:{where}: expected imagenet-c:PATH@CORRUPTION/SEVERITY, such as "
+                "...@gaussian_noise/3; add the missing part"
+            )
+        return list_imagenet_c(Path(root), part)
     path = Path(where)
+    if scheme in _LAYOUTS:
+        return _LAYOUTS[scheme](path)
     if scheme == "cub":
         return list_cub(path, cubv2_boxes=cubv2_boxes)
     if scheme == "imagenet":
         return list_imagenet(path, annotations=annotations)
-    if scheme == "voc":
-        return list_voc(path)
-    if scheme == "caltech101":
-        return list_caltech101(path)
     return list_folder(path, annotations=annotations)
 
 
@@ -499,18 +609,22 @@ def _read_hub(
     split: str,
     options: SplitOptions,
     classes: Sequence[str] | None,
+    list_of_classes: Path | None,
     labels: Sequence[str] | None,
     cache_dir: str | Path | None,
     *,
     streaming: bool,
 ) -> tuple[Any, list[str], str]:
     source = open_hub(where, labels=labels, streaming=streaming, cache_dir=cache_dir)
+    chooses = options.file is not None or classes is not None or list_of_classes is not None
     if streaming:
-        if options.file is not None or classes is not None:
+        if chooses or options.fraction != 1:
             raise InputError(
-                f"{source.name}: streaming cannot choose images by list or class; load without streaming"
+                f"{source.name}: streaming cannot choose images by list, class or share; load without streaming"
             )
         return *stream_split(source, split), source.title
+    if list_of_classes is not None:
+        classes = read_class_list(list_of_classes, class_names(source))
     plan = plan_split(source.name, list(source.splits), split, options, {})
     rows, names = read_split(source, plan, classes)
     if not len(rows):
@@ -519,13 +633,13 @@ def _read_hub(
 
 
 def _synthetic(where: str, split: str, *, streaming: bool) -> ImageData:
-    from .synthetic import SyntheticSpec, class_names, synthetic_dataset
+    from . import synthetic
 
-    spec = SyntheticSpec.from_string(where)
-    table: Any = synthetic_dataset(spec, split)
+    spec = synthetic.SyntheticSpec.from_string(where)
+    table: Any = synthetic.synthetic_dataset(spec, split)
     if not len(table):
         raise InputError(f"synthetic:{where}: no images in split {split}; give {split}=... above 0")
-    name, labels = spec.to_string(), class_names(spec)
+    name, labels = spec.to_string(), synthetic.class_names(spec)
     if streaming:  # a stream cannot take over the transform that draws the rows: it becomes a lazy map
         draw = table.format["format_kwargs"]["transform"]
         plain = table.with_format(None)

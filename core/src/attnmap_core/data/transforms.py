@@ -285,6 +285,12 @@ class EvalTransform:
         rectangle = pre.seen_rectangle(image.width, image.height)
         return pre.normalise(_pixels(_resample(image, rectangle, pre)))
 
+    def with_segmentation(self, image: Image.Image, segmentation: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+        """The image as by a call, and what :func:`resample_segmentation` makes of its class map."""
+        rectangle = self.preprocessing.seen_rectangle(image.width, image.height)
+        _check_aligned(image, segmentation)
+        return self(image), resample_segmentation(segmentation, rectangle, self.preprocessing.size)
+
 
 @dataclass(frozen=True)
 class TrainTransform:
@@ -299,16 +305,27 @@ class TrainTransform:
     color_jitter: float
 
     def __call__(self, image: Image.Image) -> Tensor:
+        return self._apply(image)[0]
+
+    def with_segmentation(self, image: Image.Image, segmentation: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+        """The image as by a call, and its class map cut and mirrored alike, see :func:`resample_segmentation`."""
+        _check_aligned(image, segmentation)
+        tensor, rectangle, flipped = self._apply(image)
+        classes = resample_segmentation(segmentation, rectangle, self.preprocessing.size)
+        return tensor, classes.flip(-1) if flipped else classes
+
+    def _apply(self, image: Image.Image) -> tuple[Tensor, Rectangle, bool]:
         # Drawn from torch's global generator in torchvision's order: crop top, crop left, flip, colours.
         pre = self.preprocessing
-        seen = _resample(image, self._rectangle(image), pre)
+        rectangle = self._rectangle(image)
+        seen = _resample(image, rectangle, pre)
         flipped = bool(torch.rand(1) < self.flip)
         if self.color_jitter > 0:
             from torchvision.transforms import ColorJitter
 
             seen = ColorJitter(self.color_jitter, self.color_jitter, self.color_jitter)(seen)
         tensor = pre.normalise(_pixels(seen))
-        return tensor.flip(-1) if flipped else tensor
+        return tensor.flip(-1) if flipped else tensor, rectangle, flipped
 
     def _rectangle(self, image: Image.Image) -> Rectangle:
         if self.crop == "random_resized":
@@ -395,6 +412,38 @@ def train_transform(
     )
     _check("ratio", ratio, 0 < ratio[0] <= ratio[1], "two aspects, 0 < from <= to")
     return TrainTransform(preprocessing, sides, crop, flip, scale, ratio, color_jitter)
+
+
+def resample_segmentation(
+    segmentation: NDArray[np.uint8], rectangle: Rectangle, size: tuple[int, int]
+) -> Tensor:
+    """The rectangle of a class map at the size of the network's input, each pixel from the nearest one.
+
+    Args:
+        segmentation: ``(H, W)`` class indices of a photo.
+        rectangle: the part that the network sees, in pixels of the photo.
+        size: ``(height, width)`` of the input.
+
+    Returns:
+        ``(height, width)`` int64, aligned with the image: Pillow's nearest neighbour, which samples where the centre of
+        an input pixel lies.
+
+    Example:
+        >>> resample_segmentation(np.array([[0, 7], [255, 3]], np.uint8), (0, 0, 2, 2), (2, 4))
+        tensor([[  0,   0,   7,   7],
+                [255, 255,   3,   3]])
+    """
+    height, width = size
+    resized = Image.fromarray(segmentation).resize((width, height), Image.Resampling.NEAREST, box=rectangle)
+    return torch.from_numpy(np.array(resized)).long()
+
+
+def _check_aligned(image: Image.Image, segmentation: NDArray[np.uint8]) -> None:
+    if segmentation.shape != (image.height, image.width) or segmentation.dtype != np.uint8:
+        raise ValueError(
+            f"expected a uint8 class map {(image.height, image.width)} as its image, "
+            f"got {segmentation.dtype} {segmentation.shape}"
+        )
 
 
 def _resample(image: Image.Image, rectangle: Rectangle, preprocessing: Preprocessing) -> Image.Image:

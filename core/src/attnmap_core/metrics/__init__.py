@@ -2,5 +2,20 @@
 
 from .classification import class_ranks, topk_accuracy
 from .localization import best_iou_curve, corloc, max_box_acc, pxap, topk_loc
+from .robustness import mce, subset_accuracy
+from .segmentation import jaccard_best_head, mass_mask, mean_iou
 
-__all__ = ["best_iou_curve", "class_ranks", "corloc", "max_box_acc", "pxap", "topk_accuracy", "topk_loc"]
+__all__ = [
+    "best_iou_curve",
+    "class_ranks",
+    "corloc",
+    "jaccard_best_head",
+    "mass_mask",
+    "max_box_acc",
+    "mce",
+    "mean_iou",
+    "pxap",
+    "subset_accuracy",
+    "topk_accuracy",
+    "topk_loc",
+]

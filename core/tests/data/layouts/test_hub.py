@@ -237,3 +237,14 @@ def test_what_cannot_be_loaded(tmp_path: Path, refusal, text, monkeypatch: pytes
     assert "bad.parquet: cannot be loaded" in refusal(
         f"hf:{tmp_path / 'bad.parquet'}", cache_dir=tmp_path / "cache"
     )
+
+
+def test_share_and_list_of_classes(splits: Path, text, tmp_path: Path, refusal) -> None:
+    half = load_data(f"hf:{splits}", "train", fraction=0.34)
+    assert sorted(half.targets.tolist()) == [0, 1]
+    assert len(load_data(f"hf:{splits}", "val", fraction=0.34)) == 4
+    path = text(tmp_path, {"classes.txt": "bee"}) / "classes.txt"
+    bees = load_data(f"hf:{splits}", "train", classes_file=path)
+    assert (bees.labels, bees.targets.tolist()) == (["bee"], [0, 0, 0])
+    for options in ({"fraction": 0.5}, {"classes_file": path}):
+        assert "streaming cannot choose" in refusal(f"hf:{splits}", "train", streaming=True, **options)

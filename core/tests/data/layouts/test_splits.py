@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from attnmap_core.data.layouts.splits import SplitOptions, deal, plan_split
+from attnmap_core.data.layouts.splits import SplitOptions, deal, plan_split, sample
 from attnmap_core.data.sources import load_data
 from attnmap_core.errors import InputError
 
@@ -150,3 +150,24 @@ def test_unknown_split_is_a_programming_error() -> None:
         load_data("synthetic", "validation")
     with pytest.raises(InputError):
         SplitOptions(test_fraction=-0.1)
+
+
+# --- A share of each class --------------------------------------------------------------------------------
+
+
+def test_sample_holds_in_each_class_and_is_nested() -> None:
+    quarter, half = sample(IDS, LABELS, 0.25), sample(IDS, LABELS, 0.5)
+    assert Counter(LABELS[i] for i in quarter) == {0: 3, 1: 5, 2: 8, 3: 10}  # to the nearest image
+    assert set(quarter) < set(half)
+    assert quarter == sorted(quarter)
+    assert sample(IDS, LABELS, 1.0) == list(range(len(IDS)))
+    assert len(sample(IDS, LABELS, 1e-6)) == 4
+
+
+def test_sample_depends_on_seed_and_ids_alone() -> None:
+    chosen = {IDS[i] for i in sample(IDS, LABELS, 0.25)}
+    turned = IDS[::-1]
+    assert {turned[i] for i in sample(turned, LABELS[::-1], 0.25)} == chosen
+    assert {IDS[i] for i in sample(IDS, LABELS, 0.25, seed=1)} != chosen
+    # Written down once: a change would give everybody other images.
+    assert sample([f"{i}.jpg" for i in range(10)], [0] * 10, 0.3) == [0, 4, 8]

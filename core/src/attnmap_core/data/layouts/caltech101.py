@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import io
 import os
-import zlib
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +17,7 @@ from PIL import Image, ImageDraw
 from ...errors import InputError
 from ..images import walk_images
 from .listing import Listing, Record, corners_to_xywh, existing_folder
+from .matlab import read_mat
 
 _IMAGES = ("101_ObjectCategories", "images")
 _ANNOTATIONS = ("Annotations", "annotations")
@@ -103,24 +102,13 @@ def _records(images: Path, labels: list[str], pairs: dict[str, Path]) -> list[Re
 
 
 def _read(path: Path) -> tuple[list[float], NDArray[np.float64]]:
-    from scipy.io import matlab  # only this layout needs it
-
+    found = read_mat(path, ["box_coord", "obj_contour"], squeeze=False)
     try:
-        content: Any = matlab.loadmat(path)
-        box = np.asarray(content["box_coord"], dtype=np.float64).reshape(4)
-        outline = np.asarray(content["obj_contour"], dtype=np.float64).reshape(2, -1)
-    except (
-        matlab.MatReadError,
-        zlib.error,
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,  # of older SciPy, for a file shorter than a header
-        NotImplementedError,
-    ) as error:
+        box = np.asarray(found[0], dtype=np.float64).reshape(4)
+        outline = np.asarray(found[1], dtype=np.float64).reshape(2, -1)
+    except (ValueError, TypeError) as error:
         raise InputError(
-            f"{path}: expected a MATLAB file with box_coord and obj_contour ({error}); get it again"
+            f"{path}: box_coord and obj_contour are not 4 numbers and a row of points ({error}); get it again"
         ) from None
     if box[1] < box[0] or box[3] < box[2] or outline.shape[1] < 3:
         raise InputError(

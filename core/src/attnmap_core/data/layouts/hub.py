@@ -94,6 +94,15 @@ def open_hub(
     )
 
 
+def class_names(source: HubSource) -> list[str]:
+    """The class names of all splits, from the label column where the data do not tell them.
+
+    Raises:
+        InputError: for a label column that holds no class names or numbers.
+    """
+    return list(source.labels) if source.labels is not None else _labels_found(source)
+
+
 def read_split(source: HubSource, plan: SplitPlan, classes: Sequence[str] | None) -> tuple[Any, list[str]]:
     """The rows that the plan keeps, with our features, and the class names.
 
@@ -103,7 +112,7 @@ def read_split(source: HubSource, plan: SplitPlan, classes: Sequence[str] | None
     Raises:
         InputError: for labels, boxes or ids that are missing or of the wrong kind, with the row.
     """
-    labels = list(source.labels) if source.labels is not None else _labels_found(source)
+    labels = class_names(source)
     names, numbers = only_classes(source.name, labels, classes)
     tables = [_table(source, source.splits[split], labels, names, numbers) for split in plan.read]
     table = import_datasets().concatenate_datasets(tables).select_columns(list(image_features(names)))

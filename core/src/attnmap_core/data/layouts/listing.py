@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...boxes import xyxy_to_xywh
 from ...errors import InputError
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     import datasets
 
 BoxXYWH: TypeAlias = tuple[float, float, float, float]
+IGNORED = 255
+"""Class index of pixels that count for nothing, in a segmentation."""
 
 
 @dataclass(slots=True)
@@ -25,21 +28,61 @@ class Record:
 
     Attributes:
         image_id: names the photo in lists and messages: its path below the data set's image folder.
-        path: where the file lies.
+        path: where the file lies, or the encoded photo itself.
         label: class index.
         boxes_xywh: pixels, numbers as the annotation has them.
         masks: mask files, or PNG bytes, one an instance.
         ignore: mask of pixels that count for nothing.
+        segmentation: class map file, or PNG bytes: a class number for each pixel, see :class:`SegmentationClasses`.
         size: ``(width, height)`` if the annotations state it.
     """
 
     image_id: str
-    path: str
+    path: str | bytes
     label: int
     boxes_xywh: tuple[BoxXYWH, ...] = ()
     masks: tuple[str | bytes, ...] = ()
     ignore: str | bytes | None = None
+    segmentation: str | bytes | None = None
     size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationClasses:
+    """What the numbers in class map files mean.
+
+    Attributes:
+        labels: names by class index, 0, 1, ...
+        first: the number of class 0 in the files. Smaller numbers, and 255, are pixels to ignore.
+
+    Example:
+        >>> SegmentationClasses(labels=("wall", "sky"), first=1).indices(np.array([[0, 1, 2, 255]], np.uint8), "a.png")
+        array([[255,   0,   1, 255]], dtype=uint8)
+    """
+
+    labels: tuple[str, ...]
+    first: int = 0
+
+    def indices(self, numbers: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
+        """Class indices, :data:`IGNORED` where a pixel counts for nothing, from the numbers of a file.
+
+        Args:
+            numbers: ``(H, W)``.
+            name: of the file, for the message.
+
+        Raises:
+            InputError: for a number that is no class.
+        """
+        end = self.first + len(self.labels)
+        meaning = np.full(256, IGNORED, np.uint8)
+        meaning[self.first : end] = np.arange(len(self.labels), dtype=np.uint8)
+        strange = np.flatnonzero(np.bincount(numbers.ravel(), minlength=256)[end:IGNORED])
+        if len(strange):
+            raise InputError(
+                f"{name}: class number {end + strange[0]} in the map, expected {self.first}..{end - 1}, "
+                f"or {IGNORED} for pixels to ignore; correct the file"
+            )
+        return meaning[numbers]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +97,7 @@ class Listing:
         upright: whether boxes refer to the photo as turned by its EXIF orientation. The classic benchmarks
             were annotated, and are evaluated, on the stored pixels.
         hints: for a split that is not there, how to get it.
+        segmentation: what the class maps mean, where every photo has one.
     """
 
     name: str
@@ -62,6 +106,7 @@ class Listing:
     splits: Mapping[str, Callable[[], list[Record]]]
     upright: bool = True
     hints: Mapping[str, str] = field(default_factory=dict[str, str])
+    segmentation: SegmentationClasses | None = None
 
     @property
     def has_official_splits(self) -> bool:
@@ -115,6 +160,13 @@ def existing_folder(path: Path, what: str) -> Path:
     return path
 
 
+def find_home(root: Path, marker: str, *folders: str) -> Path:
+    """``root``, or the first of ``folders`` below it that has the file or folder ``marker`` if root has not."""
+    if (root / marker).exists():
+        return root
+    return next((root / name for name in folders if (root / name / marker).exists()), root)
+
+
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a text file that are not blank, with their 1-based numbers.
 
@@ -146,14 +198,14 @@ def corners_to_xywh(corners_xyxy: Sequence[Sequence[float]]) -> tuple[BoxXYWH, .
 
 
 def check_files(records: Iterable[Record], source: Path) -> None:
-    """Check that every photo and mask file of the records exists.
+    """Check that every photo, mask and class map file of the records exists.
 
     Raises:
         InputError: that names the first missing file and the annotation that speaks of it.
     """
     index = FolderIndex()
     for record in records:
-        files = (record.path, *record.masks, record.ignore)
+        files = (record.path, *record.masks, record.ignore, record.segmentation)
         missing = next((file for file in files if isinstance(file, str) and not index.has(file)), None)
         if missing is not None:
             raise InputError(
@@ -179,22 +231,24 @@ def import_datasets() -> Any:
     return datasets
 
 
-def image_features(labels: Sequence[str]) -> datasets.Features:
+def image_features(labels: Sequence[str], *, segmentation: bool = False) -> datasets.Features:
     """The features that all sources share.
 
     ``image_id``: string. ``image``, ``ignore`` and each of ``masks``: ``{"path", "bytes"}``, undecoded.
     ``label``: class index. ``objects.bbox``: ``[x, y, width, height]`` each, float64 pixels, top left origin.
+    ``segmentation``, only where ``segmentation`` is set: an undecoded class map.
     """
     library = import_datasets()
     # Sequence, not List: the oldest datasets supported has only the former.
     boxes = library.Sequence(library.Sequence(library.Value("float64"), length=4))
-    return library.Features(
-        {
-            "image_id": library.Value("string"),
-            "image": library.Image(decode=False),
-            "label": library.ClassLabel(names=list(labels)),
-            "objects": {"bbox": boxes},
-            "masks": library.Sequence(library.Image(decode=False)),
-            "ignore": library.Image(decode=False),
-        }
-    )
+    features: dict[str, Any] = {
+        "image_id": library.Value("string"),
+        "image": library.Image(decode=False),
+        "label": library.ClassLabel(names=list(labels)),
+        "objects": {"bbox": boxes},
+        "masks": library.Sequence(library.Image(decode=False)),
+        "ignore": library.Image(decode=False),
+    }
+    if segmentation:
+        features["segmentation"] = library.Image(decode=False)
+    return library.Features(features)

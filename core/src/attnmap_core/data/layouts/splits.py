@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 from ...errors import InputError
 from ...files import read_json
+from .listing import numbered_lines
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ class SplitOptions:
     test_fraction: float = 0.3
     seed: int = 0
     file: Path | None = None
+    fraction: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("val_fraction", "test_fraction"):
@@ -35,6 +37,8 @@ class SplitOptions:
                 raise InputError(
                     f"{name} {getattr(self, name)}: expected a share in [0, 1), such as 0.1; change it"
                 )
+        if not 0 < self.fraction <= 1:
+            raise InputError(f"fraction {self.fraction}: expected a share in (0, 1], such as 0.25; change it")
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,15 @@ def plan_split(
     Raises:
         InputError: if it cannot be had, with what to do about it.
     """
+    plan = _whole_split(source, available, split, options, hints)
+    if split != "train" or options.fraction == 1:
+        return plan
+    return SplitPlan(plan.read, partial(_sampled, options, plan.keep))
+
+
+def _whole_split(
+    source: object, available: Sequence[str], split: str, options: SplitOptions, hints: Mapping[str, str]
+) -> SplitPlan:
     if options.file is not None:
         return SplitPlan(tuple(available), partial(_listed, options.file, split))
     if split == "all":
@@ -105,16 +118,8 @@ def deal(
         >>> {name: len(indices) for name, indices in dealt.items()}
         {'train': 7, 'val': 7, 'test': 6}
     """
-    of_class: dict[int, list[int]] = {}
-    for index, label in enumerate(labels):
-        of_class.setdefault(label, []).append(index)
-
-    def rank(index: int) -> bytes:
-        return hashlib.blake2b(f"{seed}:{image_ids[index]}".encode(), digest_size=16).digest()
-
     dealt: dict[str, list[int]] = {"train": [], "val": [], "test": []}
-    for indices in of_class.values():
-        indices.sort(key=rank)
+    for indices in _shuffled_classes(image_ids, labels, seed):
         test = min(int(len(indices) * test_fraction + 0.5), len(indices) - 1)
         rest = len(indices) - test
         val = min(int(rest * val_fraction + 0.5), rest - 1)
@@ -122,6 +127,65 @@ def deal(
         dealt["val"] += indices[test : test + val]
         dealt["train"] += indices[test + val :]
     return {name: sorted(indices) for name, indices in dealt.items()}
+
+
+def sample(image_ids: Sequence[str], labels: Sequence[int], fraction: float, seed: int = 0) -> list[int]:
+    """Choose a share of the images of each class, in the order of a hash of seed and id.
+
+    A larger share contains every smaller one, and neither the machine nor the order of the files matters.
+
+    Args:
+        image_ids: unique ids.
+        labels: their classes.
+        fraction: of each class, to the nearest image; every class keeps one.
+        seed: another seed chooses otherwise.
+
+    Returns:
+        Indices, ascending.
+
+    Example:
+        >>> sample([str(i) for i in range(8)], [0] * 4 + [1] * 4, 0.25)
+        [2, 6]
+    """
+    return sorted(
+        index
+        for indices in _shuffled_classes(image_ids, labels, seed)
+        for index in indices[: max(1, int(len(indices) * fraction + 0.5))]
+    )
+
+
+def _shuffled_classes(image_ids: Sequence[str], labels: Sequence[int], seed: int) -> Iterable[list[int]]:
+    """The indices of each class, in the order of the hash."""
+    of_class: dict[int, list[int]] = {}
+    for index, label in enumerate(labels):
+        of_class.setdefault(label, []).append(index)
+
+    def rank(index: int) -> bytes:
+        return hashlib.blake2b(f"{seed}:{image_ids[index]}".encode(), digest_size=16).digest()
+
+    return [sorted(indices, key=rank) for indices in of_class.values()]
+
+
+def read_class_list(path: Path, labels: Sequence[str]) -> list[str]:
+    """The classes that a text file names, one a line, in the order of ``labels``.
+
+    Raises:
+        InputError: for a file that is missing or empty, a class that is not one of ``labels``, or one twice.
+    """
+    lines: dict[str, int] = {}
+    for number, line in numbered_lines(path):
+        name = line.strip()
+        if name in lines:
+            raise InputError(f"{path}:{number}: class '{name}' again, as in line {lines[name]}; remove one")
+        lines[name] = number
+    if not lines:
+        raise InputError(f"{path}: no classes in it, expected one a line; add them")
+    for name, number in lines.items():
+        if name not in labels:
+            raise InputError(
+                f"{path}:{number}: no class '{name}', the data have {_near(name, labels)} ...; correct it"
+            )
+    return [label for label in labels if label in lines]
 
 
 def only_classes(
@@ -136,13 +200,18 @@ def only_classes(
         return list(labels), list(range(len(labels)))
     for name in classes:
         if name not in labels:
-            close = ", ".join(difflib.get_close_matches(name, labels, n=3)) or ", ".join(labels[:8])
-            raise InputError(f"{source}: no class '{name}', it has {close} ...; correct the name")
+            raise InputError(
+                f"{source}: no class '{name}', it has {_near(name, labels)} ...; correct the name"
+            )
     if len(set(classes)) != len(classes) or not classes:
         raise InputError(
             f"{source}: classes {list(classes)}, expected each once and at least one; correct the list"
         )
     return list(classes), [classes.index(name) if name in classes else -1 for name in labels]
+
+
+def _near(name: str, labels: Sequence[str]) -> str:
+    return ", ".join(difflib.get_close_matches(name, labels, n=3)) or ", ".join(labels[:8])
 
 
 def check_unique(source: object, image_ids: Sequence[str]) -> None:
@@ -169,6 +238,14 @@ def _dealt(
         test_fraction=options.test_fraction,
         seed=options.seed,
     )[split]
+
+
+def _sampled(
+    options: SplitOptions, keep: Keep, image_ids: Sequence[str], labels: Sequence[int]
+) -> Sequence[int]:
+    kept = list(keep(image_ids, labels))
+    ids, classes = [image_ids[index] for index in kept], [labels[index] for index in kept]
+    return [kept[index] for index in sample(ids, classes, options.fraction, options.seed)]
 
 
 def _listed(path: Path, split: str, image_ids: Sequence[str], labels: Sequence[int]) -> Sequence[int]:
