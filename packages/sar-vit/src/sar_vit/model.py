@@ -1,0 +1,235 @@
+r"""SARViT: a vision transformer with SAR's last block, as a classifier that shows where it looks.
+
+Peruzzo et al., "Spatial Entropy as an Inductive Bias for Vision Transformers", arXiv 2206.04636. Any backbone works:
+timm's (ViT, DeiT, DINOv2, DINOv3; Swin and PVT-v2 with ``query="avg"``) and T2T-ViT, PVT and CvT of
+:mod:`sar_vit.architectures`. In inference it costs what the plain network costs; its parameters are fewer by the last
+block's second norm.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from attnmap_core.backbones import Backbone, create_backbone
+from attnmap_core.errors import InputError
+from attnmap_core.hub import Localization, PretrainedModel
+from torch import Tensor, nn
+
+from .checkpoints import SWITCHES, load_weights
+from .entropy import Query
+from .surgery import Collector, apply_sar, spatial_entropy_loss
+
+_logger = logging.getLogger(__name__)
+
+
+class SARViT(
+    PretrainedModel,
+    license="apache-2.0",
+    tags=["vision-transformer", "attention-maps", "sar-vit"],
+    pipeline_tag="image-classification",
+    paper_url="https://arxiv.org/abs/2206.04636",
+):
+    r"""Classifier on the class token of a backbone whose last block is SAR's (Eq. 10-11).
+
+    Train it with :class:`sar_vit.task.SupervisedTask`, or by hand with :meth:`spatial_entropy` after each forward
+    pass in training mode.
+
+    Args:
+        backbone: timm name, name of :data:`sar_vit.architectures.ARCHITECTURES`, or ``"vit"`` with its sizes in
+            ``backbone_options``.
+        num_classes: outputs of the linear head.
+        img_size: input pixels, one number or ``(height, width)``.
+        msa_skip: skip connection around the last attention; SAR has none.
+        mlp_norm: norm before the last MLP; SAR has none.
+        mlp_skip: skip connection around the last MLP.
+        query: ``"cls"``, or ``"avg"`` for backbones without class token; see :func:`sar_vit.apply_sar`.
+        drop_path_rate: largest stochastic depth rate, growing linearly over the blocks; training only. A branch
+            without its skip has none.
+        interpolation: how score maps are upsampled, ``"bicubic"`` or ``"bilinear"``.
+        threshold: share of a score map's maximum above which pixels make the boxes.
+        labels: class names in the order of the logits.
+        preprocessing: fields of :class:`attnmap_core.data.transforms.Preprocessing`; default: the whole photo at
+            ``img_size``, normalised as the backbone's pretrained weights expect.
+        pretrained: download timm's weights for the backbone; they are of a standard last block.
+        weights: local weights instead; see :func:`sar_vit.checkpoints.load_weights`.
+        new_surgery: let ``pretrained`` and ``weights`` be of another form of the last block than this one.
+        reset_head: start the head anew also where a source has one of as many classes.
+        heads: of the last block. Not a setting but a check, that ``config.json`` keeps: the backbone decides.
+        grid: ``(h, w)`` of the last block's patch keys; likewise.
+        backbone_options: passed to :func:`attnmap_core.backbones.create_backbone` or the architecture.
+
+    Attributes:
+        arch: name of the backbone.
+        switches: ``msa_skip``, ``mlp_norm`` and ``mlp_skip`` by name.
+
+    Raises:
+        InputError: if the backbone is unknown or has no class token for ``query="cls"``, if weights do not fit or
+            are of another form, or heads and grid are not the backbone's.
+
+    Example:
+        >>> tiny = {"patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 3}
+        >>> model = SARViT("vit", num_classes=4, img_size=(32, 48), backbone_options=tiny)
+        >>> logits = model(torch.randn(2, 3, 32, 48))
+        >>> logits.shape, model.spatial_entropy().ndim, model.grid, model.heads
+        (torch.Size([2, 4]), 0, (4, 6), 3)
+        >>> model.eval().localize(torch.randn(2, 3, 32, 48)).score_maps.shape
+        torch.Size([2, 4, 6])
+    """
+
+    def __init__(
+        self,
+        backbone: str = "deit_small_patch16_224",
+        num_classes: int = 1000,
+        img_size: int | Sequence[int] = 224,
+        *,
+        msa_skip: bool = False,
+        mlp_norm: bool = False,
+        mlp_skip: bool = True,
+        query: Query = "cls",
+        drop_path_rate: float = 0.1,
+        interpolation: Literal["bicubic", "bilinear"] = "bicubic",
+        threshold: float = 0.3,
+        labels: Sequence[str] | None = None,
+        preprocessing: dict[str, Any] | None = None,
+        pretrained: bool = False,
+        weights: str | None = None,
+        new_surgery: bool = False,
+        reset_head: bool = False,
+        heads: int | None = None,
+        grid: Sequence[int] | None = None,
+        backbone_options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be 1 or more, got {num_classes}")
+        if interpolation not in ("bicubic", "bilinear"):
+            raise ValueError(f"interpolation must be bicubic or bilinear, got {interpolation!r}")
+        if labels is not None and len(labels) != num_classes:
+            raise ValueError(f"{len(labels)} labels do not fit num_classes {num_classes}")
+        # labels, preprocessing and threshold are already taken by PretrainedModel
+        self.interpolation = interpolation
+        self.arch = backbone
+        self.switches = dict(zip(SWITCHES, (msa_skip, mlp_norm, mlp_skip)))
+        if pretrained and not all(self.switches.values()) and not new_surgery:
+            raise InputError(
+                f"pretrained=True: timm's weights are of a standard last block, this one has {self._said()}; keep all "
+                "three switches on, or pass new_surgery=True"
+            )
+        size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
+        self.backbone = _backbone(backbone, size, pretrained, drop_path_rate, backbone_options or {})
+        try:
+            apply_sar(self.backbone, **self.switches, query=query)
+        except ValueError as error:
+            raise InputError(f"backbone {backbone}: {error}") from error
+        self.has_class_token = any(
+            name.endswith(".cls_token") for name, _ in self.backbone.named_parameters()
+        )
+        self.head = nn.Linear(self.backbone.num_features, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+        self.heads = self.collector.heads
+        self.grid = self.collector.key_grid(size)
+        for name, stated, own in (("heads", heads, self.heads), ("grid", grid and tuple(grid), self.grid)):
+            if stated is not None and stated != own:
+                raise InputError(
+                    f"{name} {stated}: the last block of {backbone} has {own}; leave {name} out, or create the "
+                    "backbone with the sizes of the one meant"
+                )
+        self._config |= {"heads": self.heads, "grid": list(self.grid)}  # stated in config.json from now on
+        if pretrained and not reset_head:
+            self._take_pretrained_head()
+        if weights is not None:
+            load_weights(self, weights, new_surgery=new_surgery, reset_head=reset_head)
+
+    @property
+    def collector(self) -> Collector:
+        """What collects queries and keys for the loss."""
+        net: Any = self.backbone.model
+        return net.sar
+
+    @property
+    def norm2_name(self) -> str:
+        """Name in the state dict, up to its last dot, of the norm that ``mlp_norm=False`` takes out."""
+        block: Any = self.collector.block
+        [name] = (name for name, module in self.named_modules() if module is block)
+        return f"{name}.norm2."
+
+    # --- Training ---
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(b, num_classes)`` of ``images (b, 3, H, W)``; in training the last block is collected."""
+        features = self.backbone(images)
+        if self.has_class_token and features.prefix is not None:
+            return self.head(features.prefix[:, 0])
+        return self.head(features.map.mean((2, 3)))
+
+    def spatial_entropy(self, **options: Any) -> Tensor:
+        """``L_se`` (Eq. 9) of the forward passes since the last call; see :func:`sar_vit.spatial_entropy_loss`."""
+        return spatial_entropy_loss(self, **options)
+
+    # --- Score maps ---
+
+    def attention_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits ``(b, c)``, and the query's attention to the patches in each head of the last block.
+
+        Args:
+            images: ``(b, 3, H, W)``, normalised.
+
+        Returns:
+            Logits, and maps ``(b, heads, h, w)`` in ``[0, 1]``; a map and the prefix tokens' share sum to 1.
+        """
+        with self.collector.recording() as record:
+            logits = self(images)
+        return logits, self.collector.maps(record, "softmax")
+
+    def localize(self, images: Tensor) -> Localization:
+        """Logits, and the attention averaged over heads, each map stretched to ``[0, 1]``; whatever the class."""
+        logits, maps = self.attention_maps(images)
+        return Localization(logits, _stretched(maps.mean(dim=1)))
+
+    # --- Weights ---
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that train without weight decay: embeddings of position and class, and all 1-D ones."""
+        embeddings = {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+        return embeddings | {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
+
+    def _said(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.switches.items())
+
+    def _take_pretrained_head(self) -> None:
+        import timm
+
+        config = timm.models.get_pretrained_cfg(self.arch)
+        if config is None or config.num_classes != self.head.out_features:
+            return
+        network: Any = timm.create_model(self.arch, pretrained=True)  # its file is in the local cache by now
+        self.head.load_state_dict(network.get_classifier().state_dict())
+        _logger.info("the head is taken from the pretrained classifier")
+
+
+def _backbone(
+    name: str, size: tuple[int, int], pretrained: bool, drop_path_rate: float, options: dict[str, Any]
+) -> Backbone:
+    from .architectures import ARCHITECTURES, create_architecture
+
+    if name not in ARCHITECTURES:
+        return create_backbone(
+            name, img_size=size, pretrained=pretrained, drop_path_rate=drop_path_rate, **options
+        )
+    if pretrained:
+        raise InputError(
+            f"pretrained=True: {name} is not timm's; give weights= with a file of its authors' release"
+        )
+    net = create_architecture(name, num_classes=0, img_size=size, drop_path_rate=drop_path_rate, **options)
+    return Backbone(net, name, size)
+
+
+def _stretched(maps: Tensor) -> Tensor:
+    low, high = torch.aminmax(maps.flatten(1), dim=1, keepdim=True)
+    span = high - low
+    stretched = (maps.flatten(1) - low) / torch.where(span > 0, span, 1)  # a constant map is 0
+    return stretched.reshape(maps.shape)
