@@ -92,6 +92,10 @@ class TrainConfig:
     """Images per forward pass of one process."""
     accumulate: int = 1
     """Forward passes per optimizer step."""
+    drop_last: bool = False
+    """Leave out the last step of an epoch where it is not full."""
+    repeated_augmentation: int = 1
+    """Take each image so many times in a row, each augmented anew, and that much fewer images an epoch; DeiT: 3."""
     eval_batch_size: int = 64
     """Images per forward pass of one process in evaluation."""
     evaluate_every: int = 1
@@ -126,6 +130,8 @@ class TrainConfig:
     """Length of the linear warm-up, part of epochs."""
     warmup_lr: float = 1e-6
     """Learning rate at the start of the warm-up."""
+    cooldown_epochs: int = 0
+    """Epochs at min_lr after the schedule, part of epochs."""
     min_lr: float = 0.0
     """Where cosine, tanh and poly end."""
     decay_epochs: tuple[float, ...] = (30,)
@@ -167,11 +173,13 @@ class TrainConfig:
     def check(self) -> None:
         """Raise :class:`InputError` for values outside of their range; :func:`train` calls it."""
         at_least_one = ("epochs", "batch_size", "accumulate", "eval_batch_size", "evaluate_every")
-        for name in (*at_least_one, "keep_checkpoints", "log_every"):
+        for name in (*at_least_one, "keep_checkpoints", "log_every", "repeated_augmentation"):
             _expect(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         at_least_zero = ("workers", "threads", "save_every", "weight_decay", "warmup_epochs", "warmup_lr")
         for name in (*at_least_zero, "min_lr"):
             _expect(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        cooldown = self.cooldown_epochs
+        _expect("cooldown_epochs", cooldown, 0 <= cooldown < self.epochs, f"0 to {self.epochs - 1}")
         _expect("lr", self.lr, 0 < self.lr < math.inf, "a number above 0")
         _expect("seed", self.seed, 0 <= self.seed < 2**31, "0 to 2147483647")
         for name in ("clip_grad", "eps"):
@@ -196,8 +204,19 @@ def _expect(name: str, value: Any, holds: bool, expected: str) -> None:
 class Task(Protocol):
     """A method, seen from the loop: batch in, losses out.
 
-    A task may also have ``param_groups(model, config)``, which returns optimizer groups with plain values
-    (``params``, ``weight_decay``, ``lr_scale``) and replaces :func:`param_groups`.
+    A task may also have
+
+    - ``param_groups(model, config)``, which returns optimizer groups with plain values (``params``,
+      ``weight_decay``, ``lr_scale``) and replaces :func:`param_groups`;
+    - ``begin_epoch(epoch)``, called as a 0-based epoch begins or is resumed;
+    - ``before_update(model)``, called when the gradients of an optimizer step are complete, before they are
+      clipped: it may change them, or take them away (None) from what must stay as it is;
+    - ``after_update(model, progress)``, called after each optimizer step, for what follows the weights, such as
+      a momentum encoder; ``progress`` in ``(0, 1]`` is the share of the training that is done (of a stream,
+      whose length is not known, the share of whole epochs done before this one).
+
+    Both get the bare model. What they need to know between steps belongs in the model's buffers, which
+    checkpoints keep, or follows from their arguments.
 
     Example:
         >>> def classify(model, batch):
@@ -417,7 +436,7 @@ def timm_schedule(
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched="step" if config.schedule == "constant" else config.schedule,
-        num_epochs=config.epochs,
+        num_epochs=config.epochs - config.cooldown_epochs,
         decay_epochs=config.decay_epochs[0],
         decay_milestones=list(config.decay_epochs),  # pyright: ignore[reportArgumentType] (timm says int)
         decay_rate=1.0 if config.schedule == "constant" else config.decay_rate,
@@ -591,6 +610,8 @@ class _Run:
             processes=accelerator.num_processes,
             process=accelerator.process_index,
             workers=config.workers,
+            drop_last=config.drop_last,
+            repeats=config.repeated_augmentation,
             pin_memory=accelerator.device.type == "cuda",
             all_sum=lambda n: sum(gather_objects(accelerator, n)),
         )
@@ -653,6 +674,7 @@ class _Run:
         config = self.config
         self.model.train()
         self.schedule.step(epoch)
+        self._hook("begin_epoch", epoch)
         for step in self.steps.epoch(epoch, start=self.step):
             self.schedule.step_update(self.updates)
             self._optimizer_step(step)
@@ -678,13 +700,21 @@ class _Run:
             reported = torch.stack([parts[name].detach().float() for name in self.names])
             losses = losses + reported * (weight / accelerator.num_processes)
             images += len(batch["labels"]) if weight > 0 else 0
+        self._hook("before_update", self.bare)
         if self.config.clip_grad is not None:
             accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        done = self.epoch + (0 if self.steps.steps is None else (self.step + 1) / self.steps.steps)
+        self._hook("after_update", self.bare, done / self.config.epochs)
         if self.ema is not None:
             self.ema.update(self.bare, step=self.updates + 1)
         self.unread.append((images, losses))
+
+    def _hook(self, name: str, *arguments: Any) -> None:
+        hook = getattr(self.task, name, None)
+        if hook is not None:
+            hook(*arguments)
 
     def _check_parts(self, parts: Mapping[str, Tensor]) -> None:
         names = ["loss", *sorted(parts.keys() - {"loss"})]
@@ -913,8 +943,11 @@ class _Means:
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
+    def moved(value: Any) -> Any:
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
     return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        name: [moved(entry) for entry in value] if isinstance(value, list) else moved(value)
         for name, value in batch.items()
     }
 

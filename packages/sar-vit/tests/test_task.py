@@ -58,7 +58,7 @@ def test_weight_follows_the_epochs(model, batch):
     task = SupervisedTask(schedule="warmup_cosine", epochs=30, warmup_epochs=3)
     found = []
     for epoch in (0, 1, 2, 3, 29):
-        task.set_epoch(epoch)
+        task.begin_epoch(epoch)
         found.append(task(model, batch)["entropy_weight"].item())
     assert found[:4] == pytest.approx([0, 0.005, 0.01, 0.01])
     assert 0 < found[4] < 1e-4

@@ -39,7 +39,7 @@ from ..errors import InputError
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState  # pyright: ignore[reportMissingTypeStubs]
 
-Transform = Callable[[Image.Image], Tensor]
+Transform = Callable[[Image.Image], Tensor | Sequence[Tensor]]
 Batch = dict[str, Any]
 Step = list[Batch]
 Value = TypeVar("Value")
@@ -94,11 +94,19 @@ class SampleStream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One image of a training step: the epoch of its augmentation, the image, its micro-batch's weight."""
+    """One image of a training step.
+
+    Attributes:
+        epoch: of its augmentation.
+        index: of the image.
+        weight: of its micro-batch.
+        repeat: how often the image came before in this epoch; each time it is augmented differently.
+    """
 
     epoch: int
     index: int
     weight: float = 1.0
+    repeat: int = 0
 
 
 # --- Datasets: a sample becomes tensors ---------------------------------------------------------------------
@@ -155,7 +163,7 @@ class SampleDataset(Dataset[Batch]):
         item = _to_item(
             self.data[draw.index],
             self.transform,
-            (self.seed, draw.epoch, draw.index),
+            (self.seed, draw.epoch, draw.index, *((draw.repeat,) if draw.repeat else ())),
             self.with_targets,
             self.with_segmentation,
         )
@@ -281,8 +289,8 @@ def collate(items: Sequence[Batch]) -> Batch:
     """Stack items of :class:`SampleDataset` into one batch.
 
     Returns:
-        ``images`` ``(b, 3, h, w)`` float; ``labels`` and ``index`` ``(b,)`` int64; ``weight``, the float
-        explained at the top of this module; with segmentations, ``pixel_labels`` ``(b, h, w)`` int64, 255 where a
+        ``images`` ``(b, 3, h, w)`` float, or where the transform gives several views a list of such; ``labels`` and
+        ``index`` ``(b,)`` int64; ``weight``, the float explained at the top of this module; with segmentations, ``pixel_labels`` ``(b, h, w)`` int64, 255 where a
         pixel counts for nothing; and, with targets, lists of length ``b``: ``boxes_xyxy`` (``(k, 4)`` pixels of the
         photo), ``size_wh`` (the photo's), ``mask`` and ``ignore`` (``(H, W)`` bool or None), ``image_id``, and
         ``segmentation`` (``(H, W)`` uint8 of the photo) where samples have one.
@@ -293,8 +301,9 @@ def collate(items: Sequence[Batch]) -> Batch:
         >>> tuple(batch["images"].shape), batch["labels"].tolist(), batch["weight"]
         ((2, 3, 2, 2), [4, 7], 0.5)
     """
+    images = [item["image"] for item in items]
     batch: Batch = {
-        "images": torch.stack([item["image"] for item in items]),
+        "images": torch.stack(images) if isinstance(images[0], Tensor) else list(map(torch.stack, zip(*images))),
         "labels": torch.tensor([item["label"] for item in items]),
         "index": torch.tensor([item["index"] for item in items]),
         "weight": float(items[0]["weight"]),
@@ -318,6 +327,8 @@ class TrainBatches(Sampler[list[Draw]]):
         accumulate: micro-batches per optimizer step.
         seed: of the permutations.
         drop_last: leave out the last step of an epoch where it is not full; by default it is kept.
+        repeats: take each image so many times in a row (repeated augmentation, Hoffer et al. 2020), and that much
+            fewer images an epoch.
 
     Raises:
         InputError: if there is no image, or with ``drop_last`` not enough for one step.
@@ -341,6 +352,7 @@ class TrainBatches(Sampler[list[Draw]]):
         accumulate: int = 1,
         seed: int = 26,
         drop_last: bool = False,
+        repeats: int = 1,
     ) -> None:
         if batch_size < 1 or accumulate < 1 or not 0 <= process < processes:
             raise ValueError(
@@ -353,6 +365,7 @@ class TrainBatches(Sampler[list[Draw]]):
         self.process = process
         self.accumulate = accumulate
         self.seed = seed
+        self.repeats = repeats
         self.epoch = 0
         self._start = 0
         self._step_size = batch_size * processes * accumulate
@@ -384,16 +397,21 @@ class TrainBatches(Sampler[list[Draw]]):
 
     def __iter__(self) -> Iterator[list[Draw]]:
         start, self._start = self._start, 0
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length).tolist()
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        order = order.repeat(self.repeats)[: self.length].tolist()
         for step in range(start, self.steps):
             images = order[step * self._step_size : (step + 1) * self._step_size]
             for micro in range(self.micro_batches(step)):
                 first = (micro * self.processes + self.process) * self.batch_size
                 mine = images[first : first + self.batch_size]
+                position = step * self._step_size + first
                 weight = len(mine) * self.processes / len(images)
                 # Every process must run every micro-batch (the gradients are averaged collectively), so one
                 # that has nothing left repeats an image of the step without letting it count.
-                yield [Draw(self.epoch, index, weight) for index in mine or images[:1]]
+                yield [
+                    Draw(self.epoch, index, weight, place % self.repeats)
+                    for place, index in enumerate(mine or images[:1], start=position)
+                ]
 
 
 class EvalBatches(Sampler[list[int]]):
@@ -497,7 +515,7 @@ class TrainSteps:
         seed: of the order.
         processes, process: how many share the work, and which this is.
         workers: loader processes, 0 to load in this one.
-        drop_last: see :class:`TrainBatches`; a stream always keeps its last step.
+        drop_last, repeats: see :class:`TrainBatches`; a stream always keeps its last step and takes images once.
         pin_memory: page-locked batches, for copies to a GPU.
         all_sum: sum of an integer over the processes. Only streams ask for it: how many images a step has is
             known there only when it is drawn, and it makes the weights exact at any end of the shards.
@@ -514,6 +532,7 @@ class TrainSteps:
         process: int = 0,
         workers: int = 0,
         drop_last: bool = False,
+        repeats: int = 1,
         pin_memory: bool = False,
         all_sum: Callable[[int], int] = int,
     ) -> None:
@@ -522,6 +541,8 @@ class TrainSteps:
         self._all_sum = all_sum
         self._batches: TrainBatches | _StreamTrainBatches
         if isinstance(dataset, StreamDataset):
+            if repeats > 1:
+                raise InputError(f"repeated_augmentation {repeats}: a stream takes each image once; give 1")
             self.images: int | None = None
             """Images in the data set; None for a stream."""
             self.steps: int | None = None
@@ -536,6 +557,7 @@ class TrainSteps:
                 accumulate=accumulate,
                 seed=seed,
                 drop_last=drop_last,
+                repeats=repeats,
             )
             self.images, self.steps = len(dataset), self._batches.steps
         self._loader = _Loader(dataset, self._batches, workers, pin_memory)
@@ -568,12 +590,17 @@ class TrainSteps:
                 last = step[-1]
             elif last is not None:
                 # The shards of this process ended before the others': take part without counting.
-                step = [
-                    {name: value[:1] for name, value in last.items() if name != "weight"} | {"weight": 0.0}
-                ]
+                step = [_first_of(last) | {"weight": 0.0}]
             else:
                 raise InputError("the data stream has no image for one of the processes; launch fewer")
             yield step
+
+
+def _first_of(batch: Batch) -> Batch:
+    """The first sample of a batch, as a batch."""
+    views = batch["images"]
+    first: Batch = {name: value[:1] for name, value in batch.items() if name not in ("images", "weight")}
+    return first | {"images": [view[:1] for view in views] if isinstance(views, list) else views[:1]}
 
 
 class _Loader:

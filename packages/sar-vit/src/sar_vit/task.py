@@ -26,7 +26,7 @@ class SupervisedTask:
         **loss_options: of :class:`~sar_vit.SpatialEntropyLoss`.
 
     Attributes:
-        epoch: counted from 0; :meth:`set_epoch` sets it.
+        epoch: counted from 0; the training loop calls :meth:`begin_epoch`.
 
     Raises:
         ValueError: for a negative or unknown setting.
@@ -61,9 +61,9 @@ class SupervisedTask:
         self.schedule: Schedule = schedule
         self.label_smoothing = label_smoothing
         self.entropy = SpatialEntropyLoss(**loss_options)
-        self.set_epoch(0)
+        self.begin_epoch(0)
 
-    def set_epoch(self, epoch: int) -> None:
+    def begin_epoch(self, epoch: int) -> None:
         """Take the weight of this epoch, counted from 0."""
         self.epoch = epoch
         self.current_weight = entropy_weight(
