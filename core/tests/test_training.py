@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import signal
 import socket
@@ -663,3 +664,41 @@ def test_compiled_model_trains_like_a_plain_one(tmp_path):
     tiny_runs.run(tmp_path / "plain", config)
     tiny_runs.run(tmp_path / "compiled", {**config, "compile": True})
     assert_close_weights(weights(tmp_path / "plain"), weights(tmp_path / "compiled"), rtol=1e-3, atol=1e-5)
+
+
+def test_task_hooks_surround_each_step(tmp_path):
+    class Watching(tiny_runs.Classify):
+        def __init__(self):
+            super().__init__()
+            self.epochs, self.gradients, self.progress = [], [], []
+
+        def begin_epoch(self, epoch):
+            self.epochs.append(epoch)
+
+        def before_update(self, model):
+            self.gradients.append(model.head.weight.grad is not None)
+            model.conv.weight.grad = None  # so the optimizer leaves it as it is
+
+        def after_update(self, model, progress):
+            self.progress.append(progress)
+
+    task = Watching()
+    result, model = tiny_runs.run(tmp_path, {"epochs": 2, "evaluate_every": 2}, task=task)
+    assert task.epochs == [0, 1]
+    assert task.gradients == [True] * result.steps
+    np.testing.assert_allclose(task.progress, np.arange(1, result.steps + 1) / result.steps)
+    assert torch.equal(model.conv.weight, tiny_runs.Net(0.0, False).conv.weight)
+
+
+def test_cool_down_stays_at_the_lowest_rate():
+    config = TrainConfig(lr=1.0, epochs=6, cooldown_epochs=2, schedule="cosine", min_lr=0.1)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = timm_schedule(optimizer, config, None)
+    rates = []
+    for epoch in range(6):
+        schedule.step(epoch)
+        rates.append(optimizer.param_groups[0]["lr"])
+    expected = [0.1 + 0.45 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4)]
+    np.testing.assert_allclose(rates, [*expected, 0.1, 0.1])
+    with pytest.raises(InputError, match="cooldown_epochs 6: expected 0 to 5"):
+        TrainConfig(epochs=6, cooldown_epochs=6).check()

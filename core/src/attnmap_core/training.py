@@ -50,8 +50,8 @@ from .data.loaders import (
     import_training_extra,
 )
 from .errors import InputError
-from .files import atomic_folder, write_text
-from .recipes import plain_values
+from .files import atomic_folder, new_output_folder, write_json, write_text
+from .recipes import plain_values, resolved_toml, run_record
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState  # pyright: ignore[reportMissingTypeStubs]
@@ -514,6 +514,37 @@ def _processes_asked() -> tuple[int, int]:
         asked.num_processes = asked.num_processes or defaults.num_processes
         asked.num_machines = asked.num_machines or defaults.num_machines
     return asked.num_processes or 1, asked.num_machines or 1
+
+
+def prepare_run(
+    run_dir: Path, config: TrainConfig, header: str, distribution: str, *, resume: bool, overwrite: bool
+) -> None:
+    """Make a run folder with ``recipe.toml`` (all fields) and ``run.json`` (the record of the launch).
+
+    The main process writes; a failure is everyone's.
+
+    Args:
+        run_dir: the folder.
+        config: of the run.
+        header: comment block of the recipe.
+        distribution: package whose version the record tells.
+        resume: the folder may be there, with a run to go on with.
+        overwrite: replace what is there.
+
+    Raises:
+        InputError: if the folder is there and neither was asked for.
+    """
+    state = start_processes()
+    problem: str | None = None
+    if state.is_main_process:
+        try:
+            new_output_folder(run_dir, resume=resume, overwrite=overwrite)
+            write_text(run_dir / "recipe.toml", resolved_toml(config, header))
+            write_json(run_dir / "run.json", run_record(config.seed, (distribution,)))
+        except InputError as error:
+            problem = str(error)
+    if (problem := gather_objects(state, problem)[0]) is not None:
+        raise InputError(problem)
 
 
 def start_accelerator(config: TrainConfig, run_dir: str | Path) -> Accelerator:

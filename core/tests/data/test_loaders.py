@@ -398,3 +398,26 @@ def test_data_without_class_maps_are_refused():
     data.segmentation, data.name = None, "folder:photos"
     with pytest.raises(InputError, match="folder:photos: no class maps"):
         samples_of(data, to_tensor, seed=0, with_segmentation=True)
+
+
+def test_repeated_augmentation_draws_each_image_in_a_row_and_anew():
+    draws = [draw for batch in TrainBatches(10, 4, repeats=3) for draw in batch]
+    assert len(draws) == 10
+    assert [draw.repeat for draw in draws] == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+    images = [draw.index for draw in draws]
+    assert images[0] == images[1] == images[2] != images[3]
+    pieces = [list(TrainBatches(10, 2, processes=2, process=p, repeats=3)) for p in (0, 1)]
+    assert [draw for a, b in zip(*pieces) for draw in a + b][:8] == draws[:8]
+    data = SampleDataset(Photos(3), noisy)
+    first, second = (data[Draw(1, 0, 1.0, repeat)]["image"] for repeat in (0, 1))
+    assert torch.equal(first, data[Draw(1, 0)]["image"])
+    assert not torch.equal(first, second)
+
+
+def test_several_views_are_stacked_one_by_one():
+    def views(image):
+        return [torch.zeros(3, 4, 4), torch.ones(3, 2, 2)]
+
+    [batch] = list(eval_loader(SampleDataset(Photos(3), views), 4))
+    assert [tuple(view.shape) for view in batch["images"]] == [(3, 3, 4, 4), (3, 3, 2, 2)]
+    assert batch["labels"].shape == (3,)

@@ -4,15 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+from attnmap_core.experiments import markdown_table
 from scm_wsol.experiments.real_photos import markdown
-from scm_wsol.quickstart import markdown_table
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(
     ("name", "render"),
-    [("real_photos", markdown), ("quickstart", lambda found: markdown_table(found["rows"]))],
+    [("real_photos", markdown), ("quickstart", lambda found: markdown_table(found["rows"]) + "\n")],
 )
 def test_readme_shows_the_results(name, render):
     results, readme = PACKAGE / "results" / f"{name}.json", PACKAGE / "README.md"

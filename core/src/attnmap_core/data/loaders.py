@@ -290,10 +290,11 @@ def collate(items: Sequence[Batch]) -> Batch:
 
     Returns:
         ``images`` ``(b, 3, h, w)`` float, or where the transform gives several views a list of such; ``labels`` and
-        ``index`` ``(b,)`` int64; ``weight``, the float explained at the top of this module; with segmentations, ``pixel_labels`` ``(b, h, w)`` int64, 255 where a
-        pixel counts for nothing; and, with targets, lists of length ``b``: ``boxes_xyxy`` (``(k, 4)`` pixels of the
-        photo), ``size_wh`` (the photo's), ``mask`` and ``ignore`` (``(H, W)`` bool or None), ``image_id``, and
-        ``segmentation`` (``(H, W)`` uint8 of the photo) where samples have one.
+        ``index`` ``(b,)`` int64; ``weight``, the float explained at the top of this module; with segmentations,
+        ``pixel_labels`` ``(b, h, w)`` int64, 255 where a pixel counts for nothing; and, with targets, lists of length
+        ``b``: ``boxes_xyxy`` (``(k, 4)`` pixels of the photo), ``size_wh`` (the photo's), ``mask`` and ``ignore``
+        (``(H, W)`` bool or None), ``image_id``, and ``segmentation`` (``(H, W)`` uint8 of the photo) where samples
+        have one.
 
     Example:
         >>> items = [{"image": torch.zeros(3, 2, 2), "label": k, "index": k, "weight": 0.5} for k in (4, 7)]
@@ -303,7 +304,9 @@ def collate(items: Sequence[Batch]) -> Batch:
     """
     images = [item["image"] for item in items]
     batch: Batch = {
-        "images": torch.stack(images) if isinstance(images[0], Tensor) else list(map(torch.stack, zip(*images))),
+        "images": torch.stack(images)
+        if isinstance(images[0], Tensor)
+        else list(map(torch.stack, zip(*images))),
         "labels": torch.tensor([item["label"] for item in items]),
         "index": torch.tensor([item["index"] for item in items]),
         "weight": float(items[0]["weight"]),

@@ -405,6 +405,26 @@ def check_data_options(options: Mapping[str, Any]) -> None:
             raise InputError(f"data option {name}: unknown; expected one of {', '.join(known)}")
 
 
+def check_labels(labels: Sequence[str] | None, data: ImageData) -> None:
+    """The classes of a model must be those of the data, in the same order.
+
+    Args:
+        labels: the model's; None or none at all fits everything.
+        data: what it is to be measured on.
+
+    Raises:
+        InputError: naming the first class that differs.
+    """
+    if not labels or list(labels) == data.labels:
+        return
+    pairs = zip([*labels, *["-"] * len(data.labels)], [*data.labels, *["-"] * len(labels)])
+    place, (ours, theirs) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    raise InputError(
+        f"{data.name}: class {place} is {theirs!r}, the model's is {ours!r} ({len(data.labels)} and "
+        f"{len(labels)} classes); evaluate on data with the classes it was trained on"
+    )
+
+
 def records_to_dataset(
     records: Sequence[Record], labels: Sequence[str], *, segmentation: bool = False
 ) -> datasets.Dataset:

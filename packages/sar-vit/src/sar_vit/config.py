@@ -157,7 +157,9 @@ class SarConfig(TrainConfig):
                 f"entropy_weight {self.entropy_weight}, drloc_weight {self.drloc_weight}: expected 0 or more"
             )
         if not 0 < self.test_crop <= 1:
-            raise InputError(f"test_crop {self.test_crop}: expected a number above 0, up to 1; 0.875 is usual")
+            raise InputError(
+                f"test_crop {self.test_crop}: expected a number above 0, up to 1; 0.875 is usual"
+            )
         if not 0 <= self.label_smoothing < 1:
             raise InputError(f"label_smoothing {self.label_smoothing}: expected 0 to below 1, such as 0.1")
         if self.start is not None and (self.weights is not None or self.pretrained):

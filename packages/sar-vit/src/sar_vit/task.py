@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .entropy import Schedule, SpatialEntropyLoss, entropy_weight
+
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class SupervisedTask:
@@ -23,6 +25,7 @@ class SupervisedTask:
         epochs: of the whole training, for the schedule.
         warmup_epochs: likewise.
         label_smoothing: of the cross-entropy; with mixed targets it belongs in these.
+        mix: ``mix(images, labels)`` gives mixed images and soft targets; used in training mode.
         **loss_options: of :class:`~sar_vit.SpatialEntropyLoss`.
 
     Attributes:
@@ -51,6 +54,7 @@ class SupervisedTask:
         epochs: int = 1,
         warmup_epochs: int = 10,
         label_smoothing: float = 0.0,
+        mix: Mix | None = None,
         **loss_options: Any,
     ) -> None:
         if not weight >= 0:
@@ -59,7 +63,7 @@ class SupervisedTask:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
         self.weight, self.epochs, self.warmup_epochs = weight, epochs, warmup_epochs
         self.schedule: Schedule = schedule
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.mix = label_smoothing, mix
         self.entropy = SpatialEntropyLoss(**loss_options)
         self.begin_epoch(0)
 
@@ -84,9 +88,11 @@ class SupervisedTask:
             ``entropy_weight``, ``accuracy``, and of the maps ``components`` (mean number), ``foreground`` (share of
             pixels) and ``excluded`` (number of maps that are not finite).
         """
-        logits = model(batch["images"])  # through the wrapper, so that its hooks gather gradients
+        images, labels = batch["images"], batch["labels"]
+        if self.mix is not None and model.training:
+            images, labels = self.mix(images, labels)
+        logits = model(images)  # through the wrapper, so that its hooks gather gradients
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        labels = batch["labels"]
         soft = labels.ndim == 2
         cross_entropy = functional.cross_entropy(
             logits, labels.to(logits.dtype) if soft else labels, label_smoothing=self.label_smoothing

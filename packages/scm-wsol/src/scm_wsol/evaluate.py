@@ -15,9 +15,10 @@ import tyro
 from attnmap_core import cli
 from attnmap_core.boxes import resize_boxes, upsample_score_map
 from attnmap_core.data.loaders import eval_loader, gather_objects, samples_of
-from attnmap_core.data.sources import ImageData, check_data_options, load_data
+from attnmap_core.data.sources import ImageData, check_data_options, check_labels, load_data
 from attnmap_core.data.transforms import eval_transform
 from attnmap_core.errors import InputError
+from attnmap_core.experiments import format_table
 from attnmap_core.files import write_json
 from attnmap_core.metrics.localization import (
     Protocol,
@@ -233,25 +234,6 @@ def _numpy(maps: torch.Tensor) -> NDArray[np.float64]:
 # --- For people ---------------------------------------------------------------------------------------------------
 
 
-def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as aligned text; numbers with one decimal, what is missing as a dash."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [columns] + [[_cell(row.get(name)) for name in columns] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    return "\n".join(_line(line, widths) for line in cells)
-
-
-def _cell(value: Any) -> str:
-    return "–" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *rest = (
-        f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(cells, widths))
-    )
-    return "  ".join([first, *rest]).rstrip()
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
     """Measure a model on labelled images; writes metrics.json and report.html where ``out`` is given."""
@@ -308,7 +290,7 @@ def evaluate_command(arguments: list[str]) -> None:
     source |= {name: True for name in ("skip_unreadable", "clip_boxes") if getattr(options, name)}
     check_data_options(source)
     data = load_data(options.data, options.split, **source)
-    check_labels(model, data)
+    check_labels(model.labels, data)
     if options.out is not None:
         new_output_folder(options.out, overwrite=options.overwrite)
     shared: dict[str, Any] = {
@@ -341,22 +323,6 @@ def evaluate_command(arguments: list[str]) -> None:
         facts = run_facts(run_record(packages=("scm-wsol",)))
         report = write_evaluation_report(options.out / "report.html", model, data, result, facts=facts)
         sys.stdout.write(f"\n{report}\n")
-
-
-def check_labels(model: TSCAM, data: ImageData) -> None:
-    """The model's classes must be those of the data, in the same order.
-
-    Raises:
-        InputError: naming the first class that differs.
-    """
-    if not model.labels or list(model.labels) == list(data.labels):
-        return
-    pairs = zip([*model.labels, *["-"] * len(data.labels)], [*data.labels, *["-"] * len(model.labels)])
-    place, (ours, theirs) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
-    raise InputError(
-        f"{data.name}: class {place} is {theirs!r}, the model's is {ours!r} ({len(data.labels)} and "
-        f"{len(model.labels)} classes); evaluate on data with the classes it was trained on"
-    )
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from attnmap_core import cli
 from attnmap_core.data.sources import load_data
+from attnmap_core.experiments import format_table
 from attnmap_core.files import new_output_folder, write_json
 from attnmap_core.pictures import contact_sheet, save_picture
 from attnmap_core.recipes import load_recipe, run_record
@@ -21,7 +22,7 @@ from attnmap_core.report import Tile
 from PIL import Image
 
 from .config import ScmConfig
-from .evaluate import Evaluation, format_table
+from .evaluate import Evaluation
 from .report import case_tiles
 from .train import load_split, train
 
@@ -68,16 +69,6 @@ def quickstart_command(arguments: list[str]) -> None:
         f"\nTest split of the embedded default, percent; floors are maps that see nothing.\n\n{table}\n\n"
         f"Look at {', '.join(map(str, pages))}\nDone in {time.perf_counter() - began:.0f} s.\n"
     )
-
-
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table as Markdown, as the README shows it."""
-    columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns)]
-    for row in rows:
-        values = (row.get(name) for name in columns)
-        lines.append(["–" if v is None else f"{v:.1f}" if isinstance(v, float) else str(v) for v in values])
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def table_rows(evaluation: Evaluation, method: str, *, floors: bool = False) -> list[dict[str, Any]]:

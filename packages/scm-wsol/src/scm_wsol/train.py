@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from attnmap_core.data.loaders import gather_objects, samples_of
+from attnmap_core.data.loaders import samples_of
 from attnmap_core.data.sources import ImageData, check_data_options, load_data
 from attnmap_core.data.transforms import Preprocessing, train_transform
-from attnmap_core.errors import InputError
-from attnmap_core.files import new_output_folder, write_json, write_text
-from attnmap_core.recipes import resolved_toml, run_record
-from attnmap_core.training import TrainResult, start_accelerator, start_processes, timm_schedule
+from attnmap_core.training import (
+    TrainResult,
+    prepare_run,
+    start_accelerator,
+    start_processes,
+    timm_schedule,
+)
 from attnmap_core.training import train as run_training
 
 from .config import ScmConfig
@@ -94,7 +97,7 @@ def train(config: ScmConfig, header: str = "", resume: bool = False, overwrite: 
     data = {split: load_split(config, split) for split in needed_splits(config)}
     train_data = data["train"]
     model = build_model(config, train_data.labels)
-    prepare_run(run, config, header, resume=resume, overwrite=overwrite)
+    prepare_run(run, config, header, "scm-wsol", resume=resume, overwrite=overwrite)
     transform = train_transform(model.preprocessing, resize=config.resize, flip=config.flip)
     samples = samples_of(train_data, transform, seed=config.seed)
     selection = data.get(config.select_on)
@@ -134,21 +137,6 @@ def needed_splits(config: ScmConfig) -> list[str]:
 def load_split(config: ScmConfig, split: str) -> ImageData:
     """One split of the configured data."""
     return load_data(config.data, split, **config.source_options())
-
-
-def prepare_run(run: Path, config: ScmConfig, header: str, *, resume: bool, overwrite: bool) -> None:
-    """Make the run folder with the resolved recipe and the record of the launch; the main process writes."""
-    state = start_processes()
-    problem: str | None = None
-    if state.is_main_process:
-        try:
-            new_output_folder(run, resume=resume, overwrite=overwrite)
-            write_text(run / "recipe.toml", resolved_toml(config, header))
-            write_json(run / "run.json", run_record(config.seed, ("scm-wsol",)))
-        except InputError as error:
-            problem = str(error)
-    if (problem := gather_objects(state, problem)[0]) is not None:
-        raise InputError(problem)
 
 
 def measure(config: ScmConfig, model: TSCAM, data: ImageData, accelerator: Any, **options: Any) -> Evaluation:

@@ -15,10 +15,11 @@ from typing import Any
 
 from attnmap_core import cli
 from attnmap_core.errors import InputError
+from attnmap_core.experiments import format_table, markdown_table
 from attnmap_core.files import read_json, write_json, write_text
 from attnmap_core.recipes import run_record
 
-from ..evaluate import KIND_NAMES, METRIC_NAMES, format_table
+from ..evaluate import KIND_NAMES, METRIC_NAMES
 from .runs import mean_and_deviation, run_once, shown
 
 METRICS = (
@@ -156,5 +157,4 @@ def table_rows(results: dict[str, Any]) -> list[list[str]]:
 
 def markdown(results: dict[str, Any]) -> str:
     """The table as Markdown."""
-    lines = [["training", *header()], ["---"] * (len(header()) + 1), *table_rows(results)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return markdown_table([dict(zip(("training", *header()), line)) for line in table_rows(results)]) + "\n"

@@ -1,112 +1,69 @@
-"""What the experiments share: training runs done once, means over seeds, results for people and programs."""
+"""What the experiments share besides core's: the runs of this package, and how far they are from the paper."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import logging
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-from attnmap_core import cli
-from attnmap_core.checkpoint import check_same_run
-from attnmap_core.data.sources import ImageData
+from attnmap_core import cli, experiments
+from attnmap_core.data.sources import ImageData, check_labels
 from attnmap_core.errors import InputError
-from attnmap_core.files import read_json, write_json, write_text
-from attnmap_core.recipes import load_recipe, plain_values, run_record
+from attnmap_core.experiments import RunOptions, mean_and_deviation, shown
+from attnmap_core.recipes import load_recipe, plain_values
 
 from ..cli import load_model
 from ..config import ScmConfig
-from ..evaluate import check_labels, format_table
 from ..model import TSCAM
 from ..train import load_split, train
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "Run",
+    "RunOptions",
+    "check_images",
+    "experiment_data",
+    "finished_run",
+    "given_or_trained",
+    "iterations_text",
+    "mean_and_deviation",
+    "open_model",
+    "run_once",
+    "scale_note",
+    "shown",
+    "trained",
+    "write_results",
+]
 
 
-# --- Runs ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """What every experiment takes that trains where no trained model is given."""
-
-    data: str = ""
-    """Data source; the recipe's own where not given."""
-    data_options: dict[str, bool | int | float | str] = field(
-        default_factory=dict[str, bool | int | float | str]
-    )
-    """Options of the data source, such as split_file."""
-    weights: str = ""
-    """Local file of pretrained backbone weights, instead of what the recipe says."""
-    epochs: int | None = None
-    """Epochs of each run; the recipe's own where not given."""
-    changes: dict[str, bool | int | float | str] = field(default_factory=dict[str, bool | int | float | str])
-    """Other fields of the recipe, such as --changes.lr 1e-4."""
-    device: str = "auto"
-    """Where finished models are looked at: cpu, cuda, mps or auto."""
-
-    def overrides(self) -> dict[str, Any]:
-        """The recipe's fields that these options replace."""
-        given: dict[str, Any] = dict(self.changes)
-        if self.data:
-            given["data"] = self.data
-        if self.data_options:
-            given["data_options"] = dict(self.data_options)
-        if self.weights:
-            given |= {"weights": self.weights, "pretrained": False}
-        if self.epochs is not None:
-            given["epochs"] = self.epochs
-        return given
-
-
-class Run(NamedTuple):
-    """A finished run."""
-
-    folder: Path
-    config: ScmConfig
-    metrics: dict[str, Any]
+@dataclass(frozen=True)
+class Run(experiments.Run):
+    """A finished run of this package."""
 
     def own(self) -> dict[str, float]:
         """Standard metrics of the model's own score map, on the test split; percent."""
         return self.metrics["protocol standard"][self.metrics["map"]]
-
-    def epochs(self) -> list[dict[str, Any]]:
-        """The records of the epochs, with the metrics of the split that chooses."""
-        lines = (self.folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
-        return [record for record in map(json.loads, lines) if record["kind"] == "epoch"]
-
-
-def run_once(folder: Path, recipe: str, **overrides: Any) -> dict[str, Any]:
-    """Train a recipe into ``folder`` and return its ``metrics.json``.
-
-    A finished run is read, an interrupted one resumed; another configuration in its place is an error.
-    """
-    return finished_run(folder, recipe, **overrides).metrics
-
-
-def finished_run(folder: Path, recipe: str, **overrides: Any) -> Run:
-    """:func:`run_once` that also gives the configuration and the folder."""
-    config = load_recipe("scm_wsol", recipe, ScmConfig, {**overrides, "output_dir": str(folder)})
-    metrics = folder / "metrics.json"
-    if metrics.is_file():
-        found = load_recipe("scm_wsol", str(folder / "recipe.toml"), ScmConfig)
-        check_same_run(folder, _comparable(found), _comparable(config), ScmConfig.may_change_on_resume)
-    else:
-        logger.info("run %s", folder)
-        train(config, resume=folder.exists())
-    return Run(folder, config, read_json(metrics))
 
 
 def _comparable(config: ScmConfig) -> dict[str, Any]:
     # "last" with a split to choose on means "gt_known", and is written so into the run folder.
     values = plain_values(config)
     return values | {"select_by": "last" if config.select_by == "gt_known" else config.select_by}
+
+
+_RUNNER = experiments.Runner(module="scm_wsol", config=ScmConfig, train=train, comparable=_comparable)
+
+
+def finished_run(folder: Path, recipe: str, **overrides: Any) -> Run:
+    """Train a recipe into ``folder``; a finished run is read, an interrupted one resumed."""
+    run = _RUNNER.finished(folder, recipe, **overrides)
+    return Run(run.folder, run.config, run.metrics)
+
+
+def run_once(folder: Path, recipe: str, **overrides: Any) -> dict[str, Any]:
+    """The ``metrics.json`` of :func:`finished_run`."""
+    return finished_run(folder, recipe, **overrides).metrics
 
 
 def trained(options: RunOptions, out: Path, recipe: str, seed: int, **changes: Any) -> Run:
@@ -124,7 +81,7 @@ def given_or_trained(
 ) -> TSCAM:
     """The model a user names, which must have the classes of ``data``; without a name, a run of the recipe."""
     opened = open_model(model or trained(options, out, recipe, seed).folder, options.device)
-    check_labels(opened, data)
+    check_labels(opened.labels, data)
     return opened
 
 
@@ -146,33 +103,6 @@ def check_images(images: Sequence[int], data: ImageData) -> None:
 def iterations_text(config: ScmConfig) -> str | None:
     """Newton-Schulz iterations of an SCM, block by block or one number for all; None for other methods."""
     return " ".join(map(str, config.iterations)) if config.method == "scm" else None
-
-
-# --- Numbers ------------------------------------------------------------------------------------------------------
-
-
-def mean_and_deviation(
-    rows: Sequence[Mapping[str, float]], names: Iterable[str]
-) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation (n - 1) over seeds, of the metrics that all rows have."""
-    result: dict[str, dict[str, float]] = {}
-    for name in names:
-        values = [row[name] for row in rows if name in row]
-        if len(values) == len(rows):
-            spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-            result[name] = {"mean": float(np.mean(values)), "std": spread, "n": len(values)}
-    return result
-
-
-def shown(cell: Mapping[str, float] | None, digits: int = 1) -> str:
-    """``52.7 ± 0.3``; without a spread for a single value, a dash for none."""
-    if cell is None:
-        return "–"
-    mean = f"{cell['mean']:.{digits}f}"
-    return f"{mean} ± {cell['std']:.{digits}f}" if cell["n"] > 1 else mean
-
-
-# --- Results ------------------------------------------------------------------------------------------------------
 
 
 def scale_note(config: ScmConfig, given: Sequence[str] = ()) -> str | None:
@@ -201,72 +131,4 @@ def scale_note(config: ScmConfig, given: Sequence[str] = ()) -> str | None:
     )
 
 
-Row = Mapping[str, Any]
-"""Text, numbers, None, or cells of :func:`mean_and_deviation`, by column title."""
-
-
-def write_results(
-    out: Path,
-    rows: Sequence[Row],
-    *,
-    title: str,
-    notes: Sequence[str | None] = (),
-    digits: Mapping[str, int] | None = None,
-    tables: Mapping[str, Sequence[Row]] | None = None,
-    seed: int | None = None,
-) -> None:
-    """Write ``table.json``, ``table.csv`` and ``table.md`` into ``out`` and print the table.
-
-    Args:
-        out: the folder.
-        rows: of the table; all of them go into JSON and CSV, with all their decimals.
-        title: above the table.
-        notes: lines below it; None is left out.
-        digits: decimals shown, by column; 1 where not given.
-        tables: what is shown in place of ``rows``, by title, where people need another arrangement.
-        seed: for the record of the launch.
-    """
-    said = [note for note in notes if note is not None]
-    record = run_record(seed, ("scm-wsol",))
-    write_json(out / "table.json", {"title": title, "rows": list(rows), "notes": said, "record": record})
-    write_text(out / "table.csv", _csv(rows))
-    written, printed = [f"# {title}"], [title]
-    for heading, part in (tables or {"": rows}).items():
-        texts = [
-            {name: _shown(value, (digits or {}).get(name, 1)) for name, value in row.items()} for row in part
-        ]
-        written += [f"## {heading}"] * bool(heading) + [_markdown(texts)]
-        printed += [f"\n{heading}"] * bool(heading) + [format_table(texts)]
-    write_text(out / "table.md", "\n\n".join([*written, *said]) + "\n")
-    sys.stdout.write("\n".join([*printed, *(f"\n{note}" for note in said), f"\n{out}"]) + "\n")
-
-
-def _shown(value: Any, digits: int) -> str:
-    if isinstance(value, Mapping):
-        return shown(value, digits)
-    return "–" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
-
-
-def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [columns, ["---"] * len(columns), *([row.get(name, "–") for name in columns] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _csv(rows: Sequence[Row]) -> str:
-    flat: list[dict[str, Any]] = []
-    for row in rows:
-        line: dict[str, Any] = {}
-        for name, value in row.items():
-            if isinstance(value, Mapping):
-                line |= {name: value["mean"]} | ({f"{name} std": value["std"]} if value["n"] > 1 else {})
-            else:
-                line[name] = value
-        flat.append(line)
-    text = io.StringIO()
-    writer = csv.DictWriter(
-        text, list(dict.fromkeys(name for line in flat for name in line)), lineterminator="\n"
-    )
-    writer.writeheader()
-    writer.writerows(flat)
-    return text.getvalue()
+write_results = partial(experiments.write_results, distribution="scm-wsol")
