@@ -162,6 +162,7 @@ def write_results(
     digits: Mapping[str, int] | None = None,
     tables: Mapping[str, Sequence[Row]] | None = None,
     seed: int | None = None,
+    records: Sequence[Row] = (),
 ) -> None:
     """Write ``table.json``, ``table.csv`` and ``table.md`` into ``out`` and print the table.
 
@@ -174,10 +175,12 @@ def write_results(
         digits: decimals shown, by column; 1 where not given.
         tables: what is shown in place of ``rows``, by title, where people need another arrangement.
         seed: for the record of the launch.
+        records: single numbers for programs, which go into JSON only.
     """
     said = [note for note in notes if note is not None]
     record = run_record(seed, (distribution,))
-    write_json(out / "table.json", {"title": title, "rows": list(rows), "notes": said, "record": record})
+    table: dict[str, Any] = {"title": title, "rows": list(rows), "notes": said, "record": record}
+    write_json(out / "table.json", table | ({"records": list(records)} if records else {}))
     write_text(out / "table.csv", _csv(rows))
     written, printed = [f"# {title}"], [title]
     for heading, part in (tables or {"": rows}).items():

@@ -24,8 +24,8 @@ class SarConfig(TrainConfig):
     # --- Model ---
     backbone: str = "deit_small_patch16_224"
     """Any timm ViT; t2t_vit_14, pvt_small, cvt_13 of this package; or ``vit`` with ``backbone_options``."""
-    backbone_options: dict[str, bool | int | float | str] = field(
-        default_factory=dict[str, bool | int | float | str]
+    backbone_options: dict[str, bool | int | float | str | tuple[int, ...]] = field(
+        default_factory=dict[str, bool | int | float | str | tuple[int, ...]]
     )
     """Of the backbone; for ``vit``: patch_size, embed_dim, depth, num_heads."""
     msa_skip: bool = False
@@ -70,6 +70,8 @@ class SarConfig(TrainConfig):
     """Its weight grows linearly from 0 so long, then falls linearly to 0."""
 
     # --- Images ---
+    imagenet100: bool = False
+    """Only the 100 classes of ImageNet-100, out of ImageNet's."""
     image_size: int = 224
     """Side of the square network input, in pixels."""
     test_crop: float = 0.875
@@ -138,11 +140,31 @@ class SarConfig(TrainConfig):
     final_weight_decay: float | None = None
     """A cosine takes the weight decay there; DINO: 0.4."""
     sync_batchnorm: bool = True
-    """Statistics of MoCo-v3's heads over all processes (on GPUs)."""
+    """Statistics of MoCo-v3's heads, and of the head for segmentation, over all processes (on GPUs)."""
+    clip_each: float | None = None
+    """Largest norm of the gradient of each weight by itself, as the released DINO clips it (3); clip_grad is that of
+    all weights together."""
+    save_branch: Literal["default", "student", "teacher"] = "default"
+    """Encoder that is evaluated and saved: ``student`` learns by gradient, ``teacher`` follows it (MoCo-v3: base and
+    momentum encoder). ``default`` is the student of MoCo-v3 and the teacher of DINO."""
 
     # --- Linear probe ---
     probe_blocks: int = 1
     """Class tokens of so many last blocks are the features; DINO: 4."""
+
+    # --- Segmentation (image_size is the side of training crops and the shorter side of photos in tests) ---
+    scale_range: tuple[float, float] = (0.5, 2.0)
+    """Training photos are resized to a shorter side of image_size times a random number from this range."""
+    class_share: float = 0.75
+    """A crop in which one class has this share or more is drawn again; 1 takes any."""
+    photometric: bool = True
+    """Random brightness, contrast, saturation and hue."""
+    neck_channels: int = 256
+    """Channels of the feature pyramid."""
+    head_channels: int = 128
+    """Channels of the convolutions after it."""
+    head_dropout: float = 0.1
+    """Before the classifier of pixels."""
 
     # --- Evaluation ---
     select_on: Literal["val", "test", "last"] = "val"
@@ -167,7 +189,12 @@ class SarConfig(TrainConfig):
 
     def source_options(self) -> dict[str, Any]:
         """What :func:`attnmap_core.data.sources.load_data` takes besides source and split."""
-        return {**self.data_options, **({"skip_unreadable": True} if self.skip_unreadable else {})}
+        chosen: dict[str, Any] = {"skip_unreadable": True} if self.skip_unreadable else {}
+        if self.imagenet100:
+            from .imagenet100 import IMAGENET_100
+
+            chosen["classes"] = IMAGENET_100
+        return {**self.data_options, **chosen}
 
     def switches(self) -> dict[str, bool]:
         """The form of the last block, as :func:`sar_vit.apply_sar` takes it."""

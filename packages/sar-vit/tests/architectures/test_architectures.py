@@ -53,7 +53,7 @@ def count(model: nn.Module, trainable: bool = False) -> int:
 
 
 def test_every_architecture_has_a_published_size():
-    assert set(PUBLISHED) == set(ARCHITECTURES)
+    assert set(PUBLISHED) == {name for name in ARCHITECTURES if not name.endswith("_nano")}
 
 
 @each_published

@@ -41,6 +41,24 @@ ARCHITECTURES: dict[str, Callable[..., ClassTokenTransformer]] = {
     "pvt_large": partial(PyramidVisionTransformer, depths=(3, 8, 27, 3)),
     "cvt_13": partial(ConvolutionalVisionTransformer, depths=(1, 2, 10)),
     "cvt_21": partial(ConvolutionalVisionTransformer, depths=(1, 4, 16)),
+    # Of no paper: small enough for a CPU, with grids of 4x4 to 8x8 patches at 64 pixels.
+    "t2t_vit_nano": partial(T2TViT, embed_dim=64, num_heads=4, mlp_ratio=3.0, depth=3, token_dim=32),
+    "pvt_nano": partial(
+        PyramidVisionTransformer,
+        embed_dims=(16, 32, 48, 64),
+        depths=(1, 1, 1, 2),
+        num_heads=(1, 2, 3, 4),
+        patch_sizes=(4, 2, 1, 1),
+        mlp_ratios=(4, 4, 4, 4),
+        sr_ratios=(4, 2, 2, 1),
+    ),
+    "cvt_nano": partial(
+        ConvolutionalVisionTransformer,
+        embed_dims=(16, 32, 64),
+        depths=(1, 1, 2),
+        num_heads=(1, 2, 4),
+        strides=(4, 2, 1),
+    ),
 }
 """Name to constructor. All take ``num_classes``, ``img_size``, ``drop_path_rate``, ``last_block`` and sizes."""
 
