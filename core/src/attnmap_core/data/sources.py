@@ -30,6 +30,7 @@ from .layouts.cub import list_cub
 from .layouts.domainnet import is_domain, list_domainnet
 from .layouts.flowers102 import list_flowers102
 from .layouts.folder import list_folder
+from .layouts.grocery import list_grocery
 from .layouts.hub import class_names, open_hub, read_split, stream_split
 from .layouts.imagenet import list_imagenet
 from .layouts.imagenet_variants import list_imagenet_a, list_imagenet_c
@@ -470,6 +471,7 @@ def describe_sources() -> dict[str, str]:
         "flowers102:PATH": "Oxford 102 Flowers: jpg/, imagelabels.mat, setid.mat",
         "pets:PATH": "Oxford-IIIT Pets: images/, annotations/trainval.txt, annotations/test.txt",
         "cars:PATH": "Stanford Cars: cars_train/, cars_test/, devkit/*.mat, with boxes",
+        "grocery:PATH": "Grocery Store: train.txt, val.txt, test.txt, classes.csv; fine classes",
         "domainnet:PATH/DOMAIN": "a domain of DomainNet with its lists beside it, or prepared as train/ and val/",
         "voc-segmentation:PATH": "Pascal VOC 2012 with SegmentationClass/: class maps, splits train and val",
         "ade20k:PATH": "ADEChallengeData2016: class maps of 150 classes, splits train and val",
@@ -488,6 +490,7 @@ _LAYOUTS: dict[str, Callable[[Path], Listing]] = {
     "cifar100": list_cifar100,
     "domainnet": list_domainnet,
     "flowers102": list_flowers102,
+    "grocery": list_grocery,
     "imagenet-a": list_imagenet_a,
     "pets": list_pets,
     "voc": list_voc,
@@ -561,6 +564,8 @@ def _recognise(path: Path) -> str:
         return "cifar100"
     if has("setid.mat", "imagelabels.mat"):
         return "flowers102"
+    if has("classes.csv", "train.txt", "test.txt"):
+        return "grocery"
     if has("devkit/cars_train_annos.mat"):
         return "cars"
     if has("annotations/trainval.txt", "images"):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from attnmap_core.data.transforms import Preprocessing, train_transform
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from .config import SarConfig
@@ -53,7 +53,16 @@ def photo_transform(config: SarConfig) -> Callable[[Image.Image], Tensor]:
         mean=config.mean,
         std=config.std,
     )
+    for step in transform.transforms:
+        for operation in getattr(step, "ops", ()):  # RandAugment's
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
     return transform
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    # At full magnitude timm's own keeps no bit, which newer Pillows refuse; it used to make a black image.
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def batch_mix(config: SarConfig, classes: int) -> Mix | None:

@@ -143,7 +143,7 @@ TABLE_1C = Table(
     notes=("On the embedded default the epochs are the recipe's and three times as many.",),
 )
 
-# --- Table 2 and 7: architectures --------------------------------------------------------------------------------------
+# --- Table 2 and 7: architectures -------------------------------------------------------------------------------------
 
 NARROW: dict[str, Any] = {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -208,7 +208,7 @@ TABLE_7 = Table(
     ),
 )
 
-# --- Table 3: small and medium data sets, 5000 epochs -------------------------------------------------------------------
+# --- Table 3: small and medium data sets, 5000 epochs -----------------------------------------------------------------
 
 SMALL = "synthetic:image_size=64,train=240,val=100,test=400"
 TABLE_3 = Table(
@@ -236,7 +236,7 @@ TABLE_3 = Table(
     ),
 )
 
-# --- Table 4: fine-tuning -----------------------------------------------------------------------------------------------
+# --- Table 4: fine-tuning ---------------------------------------------------------------------------------------------
 
 HALVES = (
     "synthetic:image_size=64,classes=12,train=1000,val=100,test=400,class_range=0:6",
@@ -266,7 +266,9 @@ TABLE_4 = Table(
             },
             published={"top1": top1},
             tiny=_tiny(entropy_weight=0.01 * after, data=HALVES[1]),
-            paper=Training(recipe="finetune-vit-small", changes={"entropy_weight": 0.01 * after, "data": data}),
+            paper=Training(
+                recipe="finetune-vit-small", changes={"entropy_weight": 0.01 * after, "data": data}
+            ),
             start=_pretraining(before),
         )
         for name, data, values in (
@@ -282,7 +284,7 @@ TABLE_4 = Table(
     ),
 )
 
-# --- Table 5 and 6: robustness, and what attention covers ---------------------------------------------------------------
+# --- Table 5 and 6: robustness, and what attention covers -------------------------------------------------------------
 
 
 def _two(metrics: Mapping[str, Mapping[str, float]], paper: str) -> tuple[Case, ...]:
@@ -300,7 +302,8 @@ def _two(metrics: Mapping[str, Mapping[str, float]], paper: str) -> tuple[Case, 
 TABLE_5 = Table(
     title="Table 5: out-of-distribution images",
     cases=_two(
-        {"plain": {"imagenet_a": 19.2, "mce": 52.8}, "SAR": {"imagenet_a": 22.39, "mce": 51.6}}, "in1k-vit-small"
+        {"plain": {"imagenet_a": 19.2, "mce": 52.8}, "SAR": {"imagenet_a": 22.39, "mce": 51.6}},
+        "in1k-vit-small",
     ),
     metrics=("imagenet_a", "mce"),
     besides=("top1",),
@@ -313,7 +316,7 @@ TABLE_6 = Table(
     besides=("top1", "spatial_entropy"),
 )
 
-# --- Table 8: share of the data -----------------------------------------------------------------------------------------
+# --- Table 8: share of the data ---------------------------------------------------------------------------------------
 
 TABLE_8 = Table(
     title="Table 8: share of ImageNet-100's training images",
@@ -322,7 +325,8 @@ TABLE_8 = Table(
             labels={"share": f"{share:g}", "model": f"ViT-S, {variant}"},
             published={"top1": top1},
             tiny=_tiny(
-                **VARIANTS[variant], data=f"synthetic:image_size=64,train={int(1000 * share)},val=200,test=400"
+                **VARIANTS[variant],
+                data=f"synthetic:image_size=64,train={int(1000 * share)},val=200,test=400",
             ),
             paper=_in100(**VARIANTS[variant], data_options={"fraction": share}),
         )
@@ -339,14 +343,16 @@ TABLE_8 = Table(
     ),
 )
 
-# --- Table 9: self-supervised training ----------------------------------------------------------------------------------
+# --- Table 9: self-supervised training --------------------------------------------------------------------------------
 
 
 def _without_labels(method: str, variant: str) -> Case:
     return Case(
         labels={"method": method, "model": variant},
         published={},
-        tiny=Training(recipe="tiny-mocov3" if method == "MoCo-v3" else "tiny-dino", changes=VARIANTS[variant]),
+        tiny=Training(
+            recipe="tiny-mocov3" if method == "MoCo-v3" else "tiny-dino", changes=VARIANTS[variant]
+        ),
         paper=Training(
             recipe="in100-mocov3" if method == "MoCo-v3" else "in100-dino", changes=VARIANTS[variant]
         ),
@@ -388,7 +394,7 @@ TABLE_9B = Table(
     besides=("spatial_entropy",),
 )
 
-# --- Table 12, 13, appendix B ---------------------------------------------------------------------------------------------
+# --- Table 12, 13, appendix B -----------------------------------------------------------------------------------------
 
 TABLE_12 = Table(
     title="Table 12: semantic segmentation of ADE20K, PVT-Small and Semantic FPN",

@@ -54,7 +54,9 @@ def corruption_error(model: SARViT, data: ImageData) -> float:
     device = next(model.parameters()).device
     for name in corruptions(1):
         for severity in SEVERITIES:
-            samples = SampleDataset(data, Corrupted(model.preprocessing, corruptions(severity)[name]), seed=severity)
+            samples = SampleDataset(
+                data, Corrupted(model.preprocessing, corruptions(severity)[name]), seed=severity
+            )
             wrong = [
                 (model(batch["images"].to(device)).argmax(1).cpu() != batch["labels"]).numpy()
                 for batch in eval_loader(samples, 64)

@@ -1,7 +1,7 @@
 """The tables of the paper: trains what is not trained yet, and prints published beside ours.
 
-``sar-vit reproduce table1b`` runs on the embedded default, in minutes; ``--scale paper`` runs the paper's recipes on the
-data given. Finished runs are kept below ``--runs`` and shared between tables and figures.
+``sar-vit reproduce table1b`` runs on the embedded default, in minutes; ``--scale paper`` runs the paper's recipes on
+the data given. Finished runs are kept below ``--runs`` and shared between tables and figures.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from attnmap_core import cli
 from attnmap_core.errors import InputError
-from attnmap_core.experiments import Run, RunOptions, Runner, mean_and_deviation, write_results
+from attnmap_core.experiments import Run, Runner, RunOptions, mean_and_deviation, write_results
 from attnmap_core.pictures import line_plot, save_picture
 from attnmap_core.recipes import load_recipe
 
@@ -133,7 +133,7 @@ def folder_name(recipe: str, changes: Mapping[str, Any]) -> str:
     """Name of the folder of all seeds of a training: the same for the same fields, whichever table asks.
 
     Example:
-        >>> folder_name("tiny-sar", {"entropy_weight": 0.0, "seed": 1}) == folder_name("tiny-sar", {"entropy_weight": 0.0})
+        >>> folder_name("tiny-sar", {"lr": 0.1, "seed": 1}) == folder_name("tiny-sar", {"lr": 0.1, "seed": 2})
         True
     """
     told = {name: value for name, value in changes.items() if name != "seed"}
@@ -205,8 +205,8 @@ def scale_note(options: Options, configs: list[SarConfig]) -> str | None:
 
     return (
         f"Reduced scale: {told(lambda c: c.data)}; {told(network)} at {told(lambda c: c.image_size)} px, epochs "
-        f"{told(lambda c: c.epochs)}, batch {told(lambda c: c.batch_size)}, seeds {len(options.seeds)}. These numbers show "
-        "that everything runs; they cannot be compared with published ones."
+        f"{told(lambda c: c.epochs)}, batch {told(lambda c: c.batch_size)}, seeds {len(options.seeds)}. These numbers "
+        "show that everything runs; they cannot be compared with published ones."
     )
 
 
@@ -234,4 +234,7 @@ def curve(rows: list[dict[str, Any]]) -> Any:
 
 def _without_numbers(row: dict[str, Any]) -> dict[str, Any]:
     # Published numbers keep the decimals they were printed with.
-    return {name: f"{value:g}" if name.endswith("published") and value is not None else value for name, value in row.items()}
+    return {
+        name: f"{value:g}" if name.endswith("published") and value is not None else value
+        for name, value in row.items()
+    }
