@@ -31,6 +31,7 @@ from attnmap_core.pictures import (
     threshold_curves,
     training_curves,
     training_panels,
+    value_grid,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -467,6 +468,24 @@ def test_other_endings_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="cannot write this picture"):
             save_picture(picture, tmp_path / name)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_grid_of_values_says_each_number_once() -> None:
+    values = np.array([[0.1, np.nan, 1.3], [0.4, 0.25, 0.0]])
+    figure = value_grid(values, row_names=["5", "6"], x_label="head", y_label="layer", value_label="E")
+    axes, bar = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["0.10", "1.30", "0.40", "0.25", "0.00"]
+    assert [text.get_color() for text in axes.texts] == ["white", "black", "white", "white", "white"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["5", "6"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "3"]
+    assert bar.get_ylabel() == "E"
+    assert png(value_grid(values)) == png(value_grid(values))
+    assert not value_grid(np.zeros((21, 20))).axes[0].texts  # too many to read
+    for wrong in (np.zeros(3), np.zeros((0, 2))):
+        with pytest.raises(ValueError, match="rows, columns"):
+            value_grid(wrong)
+    with pytest.raises(ValueError, match="1 names do not fit 2 rows"):
+        value_grid(values, row_names=["5"])
 
 
 def test_a_full_disk_keeps_the_old_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -646,6 +646,67 @@ def threshold_curves(
     return figure
 
 
+def value_grid(
+    values: ArrayLike,
+    *,
+    row_names: Sequence[str] | None = None,
+    x_label: str = "",
+    y_label: str = "",
+    title: str = "",
+    value_label: str = "",
+    digits: int = 2,
+    colormap: str = "viridis",
+) -> Figure:
+    """Numbers by row and column as colours with the numbers in them, such as one of each layer and head.
+
+    Args:
+        values: ``(rows, columns)``; what is not finite stays blank. Columns are counted from 1.
+        row_names: of the rows; counted from 1 where not given.
+        x_label: text of the columns.
+        y_label: text of the rows.
+        title: above the plot.
+        value_label: text of the colour bar.
+        digits: decimals of the numbers, which are left out beyond 400 cells.
+        colormap: name of a matplotlib colour map.
+
+    Raises:
+        ValueError: if the values are not 2-D, or the names do not fit the rows.
+
+    Example:
+        >>> figure = value_grid([[0.1, 0.2], [1.3, 0.4]], x_label="head", y_label="layer")
+        >>> [text.get_text() for text in figure.axes[0].texts]
+        ['0.10', '0.20', '1.30', '0.40']
+    """
+    grid = np.asarray(values, np.float64)
+    if grid.ndim != 2 or not grid.size:
+        raise ValueError(f"values must be (rows, columns), got {grid.shape}")
+    rows, columns = grid.shape
+    names = [str(i + 1) for i in range(rows)] if row_names is None else list(row_names)
+    if len(names) != rows:
+        raise ValueError(f"{len(names)} names do not fit {rows} rows")
+    with _plot_style():
+        figure = _figure(1.7 + 0.52 * max(columns, 4), 1.1 + 0.34 * max(rows, 3))
+        axes = figure.subplots()
+        drawn = axes.imshow(np.ma.masked_invalid(grid), cmap=colormap, aspect="auto")
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        axes.set_xticks(range(columns), [str(i + 1) for i in range(columns)])
+        axes.set_yticks(range(rows), names)
+        axes.tick_params(length=0)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.set_title(title)
+        figure.colorbar(drawn, ax=axes, label=value_label).outline.set_visible(False)
+        if grid.size <= 400:
+            brightness = np.asarray(drawn.to_rgba(grid))[..., :3] @ (0.3, 0.59, 0.11)
+            for (row, column), value in np.ndenumerate(grid):
+                if math.isfinite(value):
+                    ink = "black" if brightness[row, column] > 0.5 else "white"
+                    text = f"{value:.{digits}f}"
+                    axes.text(column, row, text, color=ink, ha="center", va="center", fontsize=8)
+    return figure
+
+
 def save_picture(picture: Image.Image | Figure, path: str | Path) -> Path:
     """Write a picture (``.png``, ``.jpg``) or a plot (``.png``, ``.svg``) atomically.
 

@@ -109,6 +109,41 @@ def test_config_tells_form_architecture_grid_and_heads(tmp_path):
         SARViT.from_pretrained(tmp_path)
 
 
+def test_without_head_it_gives_features(tmp_path):
+    model = tiny(num_classes=0).eval()
+    assert not any(name.startswith("head") for name in model.state_dict())
+    with torch.no_grad():
+        features = model(images())
+        torch.testing.assert_close(features, model.backbone(images()).prefix[:, 0])
+        assert model.attention_maps(images())[1].shape == (2, 3, 4, 6)
+        with pytest.raises(InputError, match="this SARViT has no head and names no class"):
+            model.localize(images())
+        model.save_pretrained(tmp_path)
+        assert torch.equal(SARViT.from_pretrained(tmp_path)(images()), features)
+        classifier = tiny(num_classes=5, weights=str(tmp_path)).eval()
+        torch.testing.assert_close(classifier(images()), classifier.head(features))
+        classifier.save_pretrained(tmp_path / "classifier")
+        assert torch.equal(
+            tiny(num_classes=0, weights=str(tmp_path / "classifier")).eval()(images()), features
+        )
+    assert model.train()(images()).requires_grad
+    assert model.spatial_entropy() > 0
+
+
+def test_head_on_several_blocks(tmp_path):
+    model = tiny(head_blocks=2).train()
+    assert model(images()).shape == (2, 3)
+    assert (model.num_features, model.head.in_features) == (48, 48)
+    [S] = model.collector.take()
+    model.eval().save_pretrained(tmp_path)
+    again = SARViT.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(images()), model(images()))
+        last = model.backbone(images()).prefix[:, 0]
+        torch.testing.assert_close(model.features(images())[:, 24:], last)
+        assert again.attention_maps(images())[1].shape == S.shape == (2, 3, 4, 6)
+
+
 def test_average_of_the_weights():
     model = tiny().train()
     average = copy.deepcopy(model)
@@ -136,7 +171,9 @@ def test_no_weight_decay():
         ({"heads": 4}, "heads 4: the last block of vit has 3"),
         ({"grid": (5, 5)}, r"grid \(5, 5\): the last block of vit has \(4, 6\)"),
         ({"weights": "no/such.safetensors"}, "no/such.safetensors"),
-        ({"num_classes": 0}, "num_classes must be 1 or more"),
+        ({"num_classes": -1}, "num_classes must be 0 or more"),
+        ({"head_blocks": 0}, "head_blocks 0: vit gives the class token of 2 blocks; choose 1 to 2"),
+        ({"head_blocks": 3}, "head_blocks 3: vit gives"),
         ({"labels": ["a"]}, "1 labels do not fit num_classes 3"),
         ({"interpolation": "nearest"}, "interpolation must be"),
     ],

@@ -2,6 +2,7 @@
 
 from .classification import class_ranks, topk_accuracy
 from .localization import best_iou_curve, corloc, max_box_acc, pxap, topk_loc
+from .retrieval import kmeans, map_at_r, nearest, nmi, r_precision, recall_at_k, retrieval_metrics
 from .robustness import mce, subset_accuracy
 from .segmentation import jaccard_best_head, mass_mask, mean_iou
 
@@ -10,11 +11,18 @@ __all__ = [
     "class_ranks",
     "corloc",
     "jaccard_best_head",
+    "kmeans",
+    "map_at_r",
     "mass_mask",
     "max_box_acc",
     "mce",
     "mean_iou",
+    "nearest",
+    "nmi",
     "pxap",
+    "r_precision",
+    "recall_at_k",
+    "retrieval_metrics",
     "subset_accuracy",
     "topk_accuracy",
     "topk_loc",

@@ -82,9 +82,7 @@ def load_weights(
     own_head = {name: tensor for name, tensor in wanted.items() if name.startswith("head.")}
     fits = head.keys() == own_head.keys() and all(head[name].shape == own_head[name].shape for name in head)
     if not fits and not reset_head:
-        _logger.info(
-            "%s: no head of %d classes in it; the own one stays", source.where, model.head.out_features
-        )
+        _logger.info("%s: no head of %d classes in it; the own one stays", source.where, model.num_classes)
     state |= head if fits and not reset_head else own_head
     norm = model.norm2_name
     if new_surgery:

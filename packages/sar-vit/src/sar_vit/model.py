@@ -8,12 +8,14 @@ block's second norm.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from attnmap_core.backbones import Backbone, create_backbone
+from attnmap_core.backbones import Backbone, Features, create_backbone
 from attnmap_core.errors import InputError
 from attnmap_core.hub import Localization, PretrainedModel
 from torch import Tensor, nn
@@ -40,7 +42,8 @@ class SARViT(
     Args:
         backbone: timm name, name of :data:`sar_vit.architectures.ARCHITECTURES`, or ``"vit"`` with its sizes in
             ``backbone_options``.
-        num_classes: outputs of the linear head.
+        num_classes: outputs of the linear head; 0 for no head: a forward pass then gives the features, as training
+            without labels wants them.
         img_size: input pixels, one number or ``(height, width)``.
         msa_skip: skip connection around the last attention; SAR has none.
         mlp_norm: norm before the last MLP; SAR has none.
@@ -48,6 +51,8 @@ class SARViT(
         query: ``"cls"``, or ``"avg"`` for backbones without class token; see :func:`sar_vit.apply_sar`.
         drop_path_rate: largest stochastic depth rate, growing linearly over the blocks; training only. A branch
             without its skip has none.
+        head_blocks: the head sees the class tokens of so many last blocks, each after the final norm, one after the
+            other; 1 is the usual head, 4 the linear probe of DINO.
         interpolation: how score maps are upsampled, ``"bicubic"`` or ``"bilinear"``.
         threshold: share of a score map's maximum above which pixels make the boxes.
         labels: class names in the order of the logits.
@@ -90,6 +95,7 @@ class SARViT(
         mlp_skip: bool = True,
         query: Query = "cls",
         drop_path_rate: float = 0.1,
+        head_blocks: int = 1,
         interpolation: Literal["bicubic", "bilinear"] = "bicubic",
         threshold: float = 0.3,
         labels: Sequence[str] | None = None,
@@ -103,8 +109,8 @@ class SARViT(
         backbone_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be 1 or more, got {num_classes}")
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be 0 or more, got {num_classes}")
         if interpolation not in ("bicubic", "bilinear"):
             raise ValueError(f"interpolation must be bicubic or bilinear, got {interpolation!r}")
         if labels is not None and len(labels) != num_classes:
@@ -112,6 +118,7 @@ class SARViT(
         # labels, preprocessing and threshold are already taken by PretrainedModel
         self.interpolation = interpolation
         self.arch = backbone
+        self.num_classes, self.head_blocks = num_classes, head_blocks
         self.switches = dict(zip(SWITCHES, (msa_skip, mlp_norm, mlp_skip)))
         if pretrained and not all(self.switches.values()) and not new_surgery:
             raise InputError(
@@ -127,9 +134,13 @@ class SARViT(
         self.has_class_token = any(
             name.endswith(".cls_token") for name, _ in self.backbone.named_parameters()
         )
-        self.head = nn.Linear(self.backbone.num_features, num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        self._check_head_blocks()
+        self.num_features = head_blocks * self.backbone.num_features
+        self.head = nn.Identity()
+        if num_classes:
+            self.head = nn.Linear(self.num_features, num_classes)
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
         self.heads = self.collector.heads
         self.grid = self.collector.key_grid(size)
         for name, stated, own in (("heads", heads, self.heads), ("grid", grid and tuple(grid), self.grid)):
@@ -161,10 +172,31 @@ class SARViT(
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(b, num_classes)`` of ``images (b, 3, H, W)``; in training the last block is collected."""
-        features = self.backbone(images)
+        return self.head(self.features(images))
+
+    def classify(self, features: Features) -> Tensor:
+        """Logits ``(b, num_classes)`` of what the backbone gives, for a head that sees its last block alone."""
+        return self.head(self._pooled(features))
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the head sees of ``images (b, 3, H, W)``: ``(b, num_features)``, after the final norm."""
+        if self.head_blocks == 1:
+            return self._pooled(self.backbone(images))
+        network: Any = self.backbone.model
+        tokens = network.forward_intermediates(
+            images,
+            indices=self.head_blocks,
+            return_prefix_tokens=True,
+            norm=True,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        return torch.cat([prefix[:, 0] for _, prefix in tokens], dim=1)
+
+    def _pooled(self, features: Features) -> Tensor:
         if self.has_class_token and features.prefix is not None:
-            return self.head(features.prefix[:, 0])
-        return self.head(features.map.mean((2, 3)))
+            return features.prefix[:, 0]
+        return features.map.mean((2, 3))
 
     def spatial_entropy(self, **options: Any) -> Tensor:
         """``L_se`` (Eq. 9) of the forward passes since the last call; see :func:`sar_vit.spatial_entropy_loss`."""
@@ -186,16 +218,65 @@ class SARViT(
         return logits, self.collector.maps(record, "softmax")
 
     def localize(self, images: Tensor) -> Localization:
-        """Logits, and the attention averaged over heads, each map stretched to ``[0, 1]``; whatever the class."""
+        """Logits, and the attention averaged over heads, each map stretched to ``[0, 1]``; whatever the class.
+
+        Raises:
+            InputError: if the model has no head.
+        """
+        if not self.num_classes:
+            raise InputError(
+                "this SARViT has no head and names no class; train one on it (scenario probe), or take "
+                "attention_maps() for where it looks"
+            )
         logits, maps = self.attention_maps(images)
         return Localization(logits, _stretched(maps.mean(dim=1)))
 
     # --- Weights ---
 
+    def at_size(self, img_size: int | Sequence[int]) -> SARViT:
+        """A copy for images of another size, position embeddings resampled, that sees the whole photo.
+
+        Args:
+            img_size: input pixels, one number or ``(height, width)``.
+
+        Returns:
+            A new model in evaluation mode on the same device; this one stays as it is.
+
+        Raises:
+            InputError: for a size that the patches do not divide.
+
+        Example:
+            >>> tiny = {"patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 2}
+            >>> SARViT("vit", num_classes=4, img_size=32, backbone_options=tiny).at_size((64, 48)).grid
+            (8, 6)
+        """
+        size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
+        fixed = {name: value for name, value in self._config.items() if name not in ("img_size", "grid")}
+        with torch.random.fork_rng(devices=[]):  # drawn weights that are replaced must not shift a training
+            copied = type(self)(**fixed, img_size=size, labels=self.labels or None, threshold=self.threshold)
+        copied.preprocessing = dataclasses.replace(self.preprocessing, size=size, resize=None, crop="none")
+        network = _state_at(self.backbone.model, copied.backbone.model, size)
+        copied.head.load_state_dict(self.head.state_dict())
+        copied.backbone.model.load_state_dict(network)
+        weight = next(self.parameters())
+        return copied.to(weight.device, weight.dtype).eval()
+
     def no_weight_decay(self) -> set[str]:
         """Parameters that train without weight decay: embeddings of position and class, and all 1-D ones."""
         embeddings = {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
         return embeddings | {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
+
+    def _check_head_blocks(self) -> None:
+        network: Any = self.backbone.model
+        several = (
+            self.has_class_token and hasattr(network, "blocks") and hasattr(network, "forward_intermediates")
+        )
+        depth = len(network.blocks) if several else 1
+        if not 1 <= self.head_blocks <= depth:
+            raise InputError(
+                f"head_blocks {self.head_blocks}: {self.arch} gives the class token of {depth} blocks; "
+                f"choose 1 to {depth}"
+            )
 
     def _said(self) -> str:
         return " ".join(f"{name}={value}" for name, value in self.switches.items())
@@ -204,7 +285,7 @@ class SARViT(
         import timm
 
         config = timm.models.get_pretrained_cfg(self.arch)
-        if config is None or config.num_classes != self.head.out_features:
+        if config is None or config.num_classes != self.num_classes:
             return
         network: Any = timm.create_model(self.arch, pretrained=True)  # its file is in the local cache by now
         self.head.load_state_dict(network.get_classifier().state_dict())
@@ -226,6 +307,16 @@ def _backbone(
         )
     net = create_architecture(name, num_classes=0, img_size=size, drop_path_rate=drop_path_rate, **options)
     return Backbone(net, name, size)
+
+
+def _state_at(net: Any, fresh: Any, size: tuple[int, int]) -> dict[str, Tensor]:
+    """The weights of ``net`` as ``fresh``, the same network made for images of ``size``, holds them."""
+    if hasattr(net, "adapt_weights"):  # the architectures of this package
+        return fresh.adapt_weights(net.state_dict())
+    if isinstance(getattr(net, "pos_embed", None), nn.Parameter) and hasattr(net, "set_input_size"):  # timm
+        net = copy.deepcopy(net)
+        net.set_input_size(img_size=size)
+    return net.state_dict()
 
 
 def _stretched(maps: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from attnmap_core.data.loaders import samples_of
-from attnmap_core.data.sources import ImageData, check_data_options, load_data
+from attnmap_core.data.sources import ImageData, check_data_options
 from attnmap_core.training import TrainResult, prepare_run, start_accelerator, start_processes
 from attnmap_core.training import train as run_training
 
+from . import evaluate
 from .config import SarConfig
 from .report import write_run
 from .scenarios import Setup, make_setup
@@ -66,7 +67,10 @@ def train(config: SarConfig, header: str = "", resume: bool = False, overwrite: 
         setup.task,
         setup.model,
         samples_of(
-            data["train"], setup.transform, seed=config.seed, with_segmentation=setup.with_segmentation
+            setup.prepare(data["train"]),
+            setup.transform,
+            seed=config.seed,
+            with_segmentation=setup.with_segmentation,
         ),
         loop,
         run,
@@ -79,8 +83,8 @@ def train(config: SarConfig, header: str = "", resume: bool = False, overwrite: 
 
 
 def load_split(config: SarConfig, split: str) -> ImageData:
-    """One split of the configured data."""
-    return load_data(config.data, split, **config.source_options())
+    """One split of the configured data; data with class maps are reported on their ``val``, for lack of a ``test``."""
+    return evaluate.load_split(config.data, None if split == "test" else split, config.source_options())
 
 
 def finish_run(

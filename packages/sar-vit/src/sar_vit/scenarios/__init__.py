@@ -15,6 +15,10 @@ from torch import nn
 Measure = Callable[[Any, ImageData, Any], Mapping[str, float]]
 
 
+def _unchanged(data: ImageData) -> ImageData:
+    return data
+
+
 @dataclass(kw_only=True)
 class Setup:
     """What a scenario hands to the training loop, and to what comes after it.
@@ -30,6 +34,7 @@ class Setup:
         select_by: metric that chooses the best epoch where there is a split to choose on.
         select_mode: whether it should be large or small.
         make_schedule: of the loop; None for timm's as configured.
+        prepare: what makes of a split the training images that the loaders take; ``measure`` does so by itself.
         with_segmentation: batches need ``pixel_labels``.
     """
 
@@ -42,6 +47,7 @@ class Setup:
     select_by: str = "top1"
     select_mode: str = "max"
     make_schedule: MakeSchedule | None = None
+    prepare: Callable[[ImageData], ImageData] = _unchanged
     with_segmentation: bool = False
 
 

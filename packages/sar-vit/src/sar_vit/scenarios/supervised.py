@@ -58,7 +58,7 @@ def build_model(config: SarConfig, labels: list[str]) -> SARViT:
         folder = local_folder(config.start)
         described = read_config(folder)
         options = {name: value for name, value in described["model"].items() if name in KEPT}
-        known = list(described["model"].get("labels") or ())
+        known = list(described.get("labels") or ())
         options |= {"weights": str(folder), "reset_head": known != list(labels)}
     return SARViT(
         **options,

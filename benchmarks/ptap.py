@@ -1,0 +1,228 @@
+"""Time PTAP, the mean of the strongest channels at each pixel, against what else does it.
+
+The peers are *topk*, ``torch.topk`` over the channels, which anyone would write first; *unsorted*, the same on a
+channel-last copy without sorting, the cheap fix; *sort*; *kthvalue*, a threshold by ``torch.kthvalue``; and *plain
+torch*, the form of this library that serves devices without a kernel. For scale: *mean*, which reads the input once.
+
+Values and gradients are compared in float64 first, on features without equal values: where values tie, the gradient of
+``torch.topk`` depends on chance. The candidates take turns within a round; times are milliseconds, the median over the
+rounds: of processor time on a CPU, of the clock on a GPU. Only ratios compare between machines; the goals are ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from contrastive_cam import ptap
+from contrastive_cam.pooling import kept_channels, plain_pool
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results" / "ptap.json"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROW = "{case:44} {peer:>12} {ours_ms:>9.3f} {peer_ms:>10.3f} {ratio:>8.2f}x {difference:>10}"
+SHAPES = ((8, 2048, 14), (8, 2048, 7), (32, 512, 14))
+RATIOS = (0.1, 0.5, 0.7, 1.0)
+
+Pool = Callable[[Tensor, float], Tensor]
+
+
+# --- Candidates -------------------------------------------------------------------------------------------
+
+
+def topk(F: Tensor, ratio: float) -> Tensor:
+    return F.topk(kept_channels(ratio, F.shape[1]), dim=1).values.mean(1)
+
+
+def unsorted(F: Tensor, ratio: float) -> Tensor:
+    last = F.permute(0, 2, 3, 1).contiguous()
+    return last.topk(kept_channels(ratio, F.shape[1]), dim=-1, sorted=False).values.mean(-1)
+
+
+def by_sort(F: Tensor, ratio: float) -> Tensor:
+    return F.sort(dim=1, descending=True).values[:, : kept_channels(ratio, F.shape[1])].mean(1)
+
+
+def by_kthvalue(F: Tensor, ratio: float) -> Tensor:
+    channels = F.shape[1]
+    k = kept_channels(ratio, channels)
+    least = F.detach().kthvalue(channels - k + 1, dim=1, keepdim=True).values
+    above = least < F
+    return (torch.where(above, F, 0).sum(1) + (k - above.sum(1)) * least.squeeze(1)) / k
+
+
+def plain(F: Tensor, ratio: float) -> Tensor:
+    A, _ = plain_pool(F.flatten(2), kept_channels(ratio, F.shape[1]), False)
+    return A.reshape(F.shape[0], *F.shape[2:])
+
+
+def mean(F: Tensor, ratio: float) -> Tensor:
+    return F.mean(1)
+
+
+PEERS: dict[str, Pool] = {
+    "topk": topk,
+    "unsorted": unsorted,
+    "sort": by_sort,
+    "kthvalue": by_kthvalue,
+    "plain torch": plain,
+}
+WITH_GRADIENT = ("topk", "unsorted", "sort", "plain torch")
+
+
+# --- Cases ------------------------------------------------------------------------------------------------
+
+
+def features(b: int, c: int, side: int, relu: bool) -> Tensor:
+    F = torch.randn(b, c, side, side, generator=torch.Generator().manual_seed(side))
+    return (F.relu() if relu else F).to(DEVICE)
+
+
+def largest_difference(peer: Pool, F: Tensor, ratio: float, gradient: bool) -> float:
+    """From ours in float64, of the map and of its gradient, each in units of its own largest entry."""
+    F = F[:2].double().requires_grad_()
+    found = []
+    for pool in (ptap, peer):
+        A = pool(F, ratio)
+        more = torch.autograd.grad(A.square().sum(), F) if gradient else ()
+        found.append((A.detach(), *more))
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*found))
+
+
+def saved_share(F: Tensor, ratio: float) -> float:
+    """Bytes kept for the backward pass, as a share of the input's."""
+    kept: list[int] = []
+
+    def note(x: Tensor) -> Tensor:
+        kept.append(x.numel() * x.element_size())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        ptap(F.detach().requires_grad_(), ratio)
+    return sum(kept) / (F.numel() * F.element_size())
+
+
+def milliseconds(work: Callable[[], object]) -> float:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(20):
+            work()
+        torch.cuda.synchronize()
+        return 50 * (time.perf_counter() - start)
+    start = time.process_time()  # other jobs on the machine do not count
+    work()
+    return 1000 * (time.process_time() - start)
+
+
+def in_turns(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each; one round to warm up."""
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(rounds + 1):
+        for name, work in works.items():
+            elapsed = milliseconds(work)
+            if turn:
+                found[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def both_ways(pool: Pool, F: Tensor, ratio: float) -> None:
+    A = pool(F, ratio)
+    torch.autograd.grad(A, F, torch.ones_like(A))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="the median of so many is reported")
+    parser.add_argument("--quick", action="store_true", help="the first shape and the ratio 0.7 alone")
+    parser.add_argument(
+        "--no-check", action="store_true", help="report only; otherwise a missed goal is exit code 1"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+
+    packages = ("contrastive-cam", "torch", "numba", "numpy")
+    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
+    rows: list[dict[str, Any]] = []
+    goals: list[tuple[str, float, float, bool]] = []  # name, reached, wanted, at least (or at most)
+
+    def row(case: str, ms: float, peer: str, theirs: float, difference: float | None = None) -> float:
+        rows.append({
+            "subject": "ptap", "case": case, "ours_ms": round(ms, 4), "peer": peer, "peer_ms": round(theirs, 4),
+            "ratio": round(theirs / ms, 3), "max_abs_diff": difference,
+            "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1), "threads": 1,
+            "load": round(os.getloadavg()[0], 2), "device": DEVICE.type, "versions": versions,
+        })  # fmt: skip
+        shown = "–" if difference is None else f"{difference:.0e}"
+        print(ROW.format(**rows[-1], difference=shown), flush=True)
+        return theirs / ms
+
+    print(f"{'case':44} {'peer':>12} {'ours ms':>9} {'peer ms':>10} {'ratio':>9} {'difference':>10}")
+    for b, c, side in SHAPES[:1] if options.quick else SHAPES:
+        for relu in (False, True):
+            F = features(b, c, side, relu)
+            for ratio in (0.7,) if options.quick else RATIOS:
+                case = f"{b}x{c}x{side}x{side}, {ratio:.0%}{', ReLU' if relu else ''}"
+                main_case = (b, c, side) == SHAPES[0] and ratio == 0.7
+                # Equal zeros leave the gradient of topk to chance.
+                differences = {
+                    name: largest_difference(pool, F, ratio, name in WITH_GRADIENT and not relu)
+                    for name, pool in PEERS.items()
+                }
+                assert max(differences.values()) < 1e-9, differences
+                with torch.no_grad():
+                    pools = {"ours": ptap, **PEERS, "mean": mean}
+                    ms = in_turns(
+                        {name: lambda f=f, F=F, r=ratio: f(F, r) for name, f in pools.items()}, options.rounds
+                    )
+                for peer in (*PEERS, "mean"):
+                    reached = row(f"forward, {case}", ms["ours"], peer, ms[peer], differences.get(peer))
+                    if peer == "topk" and main_case:
+                        goals.append((f"forward, {case}, against topk", reached, 3.5, True))
+                F.requires_grad_()
+                pools = {
+                    "ours": ptap,
+                    **{name: PEERS[name] for name in WITH_GRADIENT if name != "plain torch"},
+                    "mean": mean,
+                }
+                ms = in_turns(
+                    {name: lambda f=f, F=F, r=ratio: both_ways(f, F, r) for name, f in pools.items()},
+                    options.rounds,
+                )
+                for peer in list(pools)[1:]:
+                    reached = row(f"both ways, {case}", ms["ours"], peer, ms[peer], differences.get(peer))
+                    if peer == "topk" and main_case:
+                        goals.append((f"both ways, {case}, against topk", reached, 2.0, True))
+                if main_case:
+                    share = saved_share(F, ratio)
+                    rows.append(
+                        {"subject": "ptap", "case": f"saved for backward, {case}", "share_of_input": share}
+                    )
+                    goals.append((f"saved for backward, {case}, of the input", share, 1.1, False))
+
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    missed = 0
+    for name, reached, limit, at_least in goals:
+        met = reached >= limit if at_least else reached <= limit
+        missed += not met
+        print(
+            f"{'reached' if met else 'MISSED ':8} {name}: {reached:.4g}, wanted {'>=' if at_least else '<='} {limit:g}"
+        )
+    return 1 if missed and not options.no_check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
