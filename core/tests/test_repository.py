@@ -127,6 +127,8 @@ def documented(tree: ast.Module) -> Iterator[tuple[str, str, list[str]]]:
     """Name, docstring and parameters of the public functions, classes and methods of a module."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            if any(ast.unparse(decorator).endswith("overload") for decorator in node.decorator_list):
+                continue  # the signatures of one function, which is explained once
             yield node.name, ast.get_docstring(node) or "", parameters(node)
         elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             methods = [item for item in node.body if isinstance(item, ast.FunctionDef)]

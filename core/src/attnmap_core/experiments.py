@@ -184,13 +184,21 @@ def write_results(
     write_text(out / "table.csv", _csv(rows))
     written, printed = [f"# {title}"], [title]
     for heading, part in (tables or {"": rows}).items():
-        texts = [
-            {name: _shown(value, (digits or {}).get(name, 1)) for name, value in row.items()} for row in part
-        ]
+        texts = shown_rows(part, digits)
         written += [f"## {heading}"] * bool(heading) + [markdown_table(texts)]
         printed += [f"\n{heading}"] * bool(heading) + [format_table(texts)]
     write_text(out / "table.md", "\n\n".join([*written, *said]) + "\n")
     sys.stdout.write("\n".join([*printed, *(f"\n{note}" for note in said), f"\n{out}"]) + "\n")
+
+
+def shown_rows(rows: Sequence[Row], digits: Mapping[str, int] | None = None) -> list[dict[str, str]]:
+    """Rows as texts: cells by :func:`shown`, numbers with as many decimals as ``digits`` says, by column (else 1).
+
+    Example:
+        >>> shown_rows([{"row": "A", "E": {"mean": 0.24, "std": 0.011, "n": 3}, "top-1": 71.0}], {"E": 3})
+        [{'row': 'A', 'E': '0.240 ± 0.011', 'top-1': '71.0'}]
+    """
+    return [{name: _shown(value, (digits or {}).get(name, 1)) for name, value in row.items()} for row in rows]
 
 
 def format_table(rows: Sequence[Row]) -> str:

@@ -44,7 +44,7 @@ def photo_transform(config: SarConfig) -> Callable[[Image.Image], Tensor]:
         config.image_size,
         is_training=True,
         scale=config.crop_scale,
-        color_jitter=config.color_jitter if full else None,
+        color_jitter=config.color_jitter if full else 0.0,
         auto_augment=config.rand_augment if full and config.rand_augment != "none" else None,
         interpolation=config.crop_interpolation,
         re_prob=config.erasing if full else 0.0,

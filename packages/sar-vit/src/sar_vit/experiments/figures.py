@@ -101,7 +101,8 @@ def chosen_photos(options: Options, models: Mapping[str, Path], count: int) -> A
         return [load_image(photo) for photo in options.photos]
     recipe = next(iter(models.values())) / "recipe.toml"
     if options.data:
-        data = load_data(options.data, "test", **options.data_options)
+        source: dict[str, Any] = {**options.data_options}
+        data = load_data(options.data, "test", **source)
     elif recipe.is_file():
         from attnmap_core.recipes import load_recipe
 
