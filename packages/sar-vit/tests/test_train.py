@@ -171,7 +171,9 @@ def test_resume_after_kill_equals_the_uninterrupted_run(tmp_path):
     )
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert not (killed / "model").exists()
-    assert read_checkpoint_state(list_checkpoints(killed / "checkpoints")[-1])["updates"] == 4  # of 3 an epoch
+    assert (
+        read_checkpoint_state(list_checkpoints(killed / "checkpoints")[-1])["updates"] == 4
+    )  # of 3 an epoch
     assert main([*arguments, "--resume"]) == 0
     for name in ("model", "best"):
         file = f"{name}/model.safetensors"
@@ -264,13 +266,17 @@ def test_averaged_weights_are_saved_and_measured(run, tmp_path):
     same = train(tmp_path / "same", *TINY, "--ema-decay", "0")
     assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(same).items())
     assert epochs(same) == epochs(run)
-    slow = train(tmp_path / "slow", *TINY, "--ema-decay", "0.99999", "--warmup-epochs", "0")
+    slow = train(tmp_path / "slow", *TINY, "--ema-decay", "0.99999", "--select-on", "last")
     for a, b in zip(epochs(run), epochs(slow), strict=True):
         assert a["loss"] == b["loss"]
     config = load_recipe("sar_vit", str(run / "recipe.toml"), SarConfig)
     first = build_model(config, load_model(str(run / "model")).labels).state_dict()
-    for name, tensor in weights(slow, "model").items():
-        torch.testing.assert_close(tensor, first[name], atol=2e-7, rtol=0)
+    moved = {name: float((t - first[name]).abs().max()) for name, t in weights(slow).items()}
+    assert (
+        0 < max(moved.values()) < 1.1e-3
+    )  # the average begins after the first step, of the rate's length at most
+    trained = {name: float((t - first[name]).abs().max()) for name, t in weights(run).items()}
+    assert max(trained.values()) > 1.5e-3
 
 
 def test_repeated_augmentation_repeats_images(run, tmp_path):
@@ -283,7 +289,9 @@ def test_drloc_trains_a_plain_classifier(run, tmp_path):
     folder = train(tmp_path / "run", *TINY, "--drloc-weight", "0.1", "--drloc-warmup-epochs", "1")
     lines = epochs(folder)
     for line in lines:
-        expected = line["cross_entropy"] + 0.01 * line["spatial_entropy"] + line["drloc_weight"] * line["drloc"]
+        expected = (
+            line["cross_entropy"] + 0.01 * line["spatial_entropy"] + line["drloc_weight"] * line["drloc"]
+        )
         assert line["loss"] == pytest.approx(expected, rel=1e-4)
     assert max(line["drloc_weight"] for line in lines) > 0
     assert weights(folder).keys() == weights(run).keys()
@@ -293,6 +301,7 @@ def test_drloc_trains_a_plain_classifier(run, tmp_path):
 # --- Fine-tuning --------------------------------------------------------------------------------------------
 
 STILL = ["--lr", "1e-12", "--weight-decay", "0", "--schedule", "constant", "--epochs", "1"]
+STILL += ["--warmup-epochs", "0"]
 STILL += ["--msa-skip", "--mlp-norm", "--backbone", "pvt_nano", "--select-on", "last"]
 
 
@@ -309,7 +318,7 @@ def test_fine_tuning_keeps_the_form_the_backbone_and_the_head_of_equal_classes(r
     before = weights(run)
     for name, tensor in weights(folder).items():
         torch.testing.assert_close(tensor, before[name], atol=1e-9, rtol=0, msg=name)
-    assert epochs(folder)[0]["entropy_weight"] == 0.01
+    assert epochs(folder)[0]["entropy_weight"] == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize(
@@ -318,7 +327,7 @@ def test_fine_tuning_keeps_the_form_the_backbone_and_the_head_of_equal_classes(r
 def test_fine_tuning_for_other_classes_starts_a_new_head(run, tmp_path, classes, count):
     data = f"synthetic:{classes},image_size=32,scale_min=0.4,train=16,val=6,test=8"
     folder, model = started(run, tmp_path, data)
-    assert model.labels != load_model(str(run)).labels  # four, but others
+    assert model.labels != load_model(str(run / "model")).labels  # four, but others
     before = weights(run)
     for name, tensor in weights(folder).items():
         if not name.startswith("head."):
@@ -386,13 +395,19 @@ def test_supervised_recipes_are_those_of_the_paper(recipe):
         config.clip_grad,
     ) == TABLE[recipe]
     assert (config.optimizer, config.schedule, config.warmup_lr) == ("adamw", "cosine", 1e-6)
-    assert (config.schedule_per_step, config.imagenet100) == ((True, True) if "in100" in recipe else (False,) * 2)
+    assert (config.schedule_per_step, config.imagenet100) == (
+        (True, True) if "in100" in recipe else (False,) * 2
+    )
     t2t = recipe == "in1k-t2t-vit-14"
     assert (config.cooldown_epochs, config.ema_decay, config.test_crop, config.crop_interpolation) == (
         (10, 0.99996, 0.9, "random") if t2t else (0, None, 0.875, "bicubic")
     )
     # DeiT's augmentation, SAR's block and loss
-    assert (config.augmentation, config.rand_augment, config.erasing) == ("deit", "rand-m9-mstd0.5-inc1", 0.25)
+    assert (config.augmentation, config.rand_augment, config.erasing) == (
+        "deit",
+        "rand-m9-mstd0.5-inc1",
+        0.25,
+    )
     assert (config.mixup, config.cutmix, config.mix_prob, config.mix_switch_prob) == (0.8, 1.0, 1.0, 0.5)
     assert (config.label_smoothing, config.drop_path_rate, config.repeated_augmentation) == (0.1, 0.1, 1)
     assert config.switches() == {"msa_skip": False, "mlp_norm": False, "mlp_skip": True}

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from attnmap_core.data.transforms import Preprocessing, train_transform
+from attnmap_core.errors import InputError
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -29,6 +30,9 @@ def preprocessing(config: SarConfig) -> Preprocessing:
 def photo_transform(config: SarConfig) -> Callable[[Image.Image], Tensor]:
     """What happens to a training photo.
 
+    Raises:
+        InputError: for a ``rand_augment`` that timm cannot read.
+
     Example:
         >>> photo_transform(SarConfig(image_size=32))(Image.new("RGB", (50, 40))).shape
         torch.Size([3, 32, 32])
@@ -40,19 +44,24 @@ def photo_transform(config: SarConfig) -> Callable[[Image.Image], Tensor]:
     from timm.data.transforms_factory import create_transform
 
     full = config.augmentation == "deit"
-    transform: Any = create_transform(
-        config.image_size,
-        is_training=True,
-        scale=config.crop_scale,
-        color_jitter=config.color_jitter if full else 0.0,
-        auto_augment=config.rand_augment if full and config.rand_augment != "none" else None,
-        interpolation=config.crop_interpolation,
-        re_prob=config.erasing if full else 0.0,
-        re_mode="pixel",
-        re_count=1,
-        mean=config.mean,
-        std=config.std,
-    )
+    try:
+        transform: Any = create_transform(
+            config.image_size,
+            is_training=True,
+            scale=config.crop_scale,
+            color_jitter=config.color_jitter if full else 0.0,
+            auto_augment=config.rand_augment if full and config.rand_augment != "none" else None,
+            interpolation=config.crop_interpolation,
+            re_prob=config.erasing if full else 0.0,
+            re_mode="pixel",
+            re_count=1,
+            mean=config.mean,
+            std=config.std,
+        )
+    except AssertionError as error:  # how timm refuses what it cannot read
+        raise InputError(
+            f"rand_augment {config.rand_augment}: {error}; expected timm's form, such as rand-m9-mstd0.5-inc1, or none"
+        ) from None
     for step in transform.transforms:
         for operation in getattr(step, "ops", ()):  # RandAugment's
             if operation.name.startswith("Posterize"):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from attnmap_core.data.loaders import samples_of
 from attnmap_core.data.sources import ImageData, check_data_options
+from attnmap_core.errors import InputError
 from attnmap_core.training import TrainResult, prepare_run, start_accelerator, start_processes
 from attnmap_core.training import train as run_training
 
@@ -63,22 +64,25 @@ def train(config: SarConfig, header: str = "", resume: bool = False, overwrite: 
         assert chooses is not None
         return setup.measure(candidate, chooses, accelerator)
 
-    result = run_training(
-        setup.task,
-        setup.model,
-        samples_of(
-            setup.prepare(data["train"]),
-            setup.transform,
-            seed=config.seed,
-            with_segmentation=setup.with_segmentation,
-        ),
-        loop,
-        run,
-        evaluate=None if chooses is None else validate,
-        make_schedule=setup.make_schedule,
-        save_model=setup.save,
-        resume=resume,
-    )
+    try:
+        result = run_training(
+            setup.task,
+            setup.model,
+            samples_of(
+                setup.prepare(data["train"]),
+                setup.transform,
+                seed=config.seed,
+                with_segmentation=setup.with_segmentation,
+            ),
+            loop,
+            run,
+            evaluate=None if chooses is None else validate,
+            make_schedule=setup.make_schedule,
+            save_model=setup.save,
+            resume=resume,
+        )
+    except FloatingPointError as error:  # of --nonfinite raise
+        raise InputError(str(error)) from error
     return Finished(result, finish_run(run, config, setup, data["test"], result))
 
 

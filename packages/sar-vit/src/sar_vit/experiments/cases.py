@@ -405,7 +405,7 @@ TABLE_12 = Table(
     cases=tuple(
         Case(
             labels={"backbone": f"PVT-Small, {variant}"},
-            published={"miou": miou},
+            published={"mean_iou": miou},
             tiny=Training(recipe="tiny-fpn"),
             paper=Training(recipe="ade20k-pvt-fpn"),
             start=Case(
@@ -417,7 +417,7 @@ TABLE_12 = Table(
         )
         for variant, miou in (("plain", 39.8), ("SAR", 41.1))
     ),
-    metrics=("miou",),
+    metrics=("mean_iou",),
     besides=(),
     notes=("The repository of PVT reports 41.9 for the plain backbone with the same settings.",),
 )

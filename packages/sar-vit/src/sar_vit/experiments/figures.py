@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..evaluate import open_model
 from ..pictures import attention_mosaic, schematic
 from .cases import TABLE_6, TABLE_9B, Case, Training
 from .tables import Options as TableOptions
-from .tables import scale_note, trained
+from .tables import check, scale_note, trained
 
 FIG_3 = {"plain": {"300": 79.8}, "SAR": {"250": 79.9, "300": 80.7}}
 """What the text says about figure 3: top-1 by epoch on ImageNet-1K."""
@@ -32,7 +32,7 @@ FIG_3 = {"plain": {"300": 79.8}, "SAR": {"250": 79.9, "300": 80.7}}
 class Options(TableOptions):
     """A figure of the paper, from trained models or from runs at either scale. Finished runs are not repeated."""
 
-    models: dict[str, str] | None = None
+    models: dict[str, str] = field(default_factory=dict[str, str])
     """Trained models by the name they are shown with, in place of runs: --models.plain DIR --models.SAR DIR."""
     photos: tuple[str, ...] = ()
     """Photos to show; test images of the runs' data where not given."""
@@ -43,6 +43,7 @@ class Options(TableOptions):
 def figure_command(name: str, arguments: list[str]) -> None:
     """``sar-vit reproduce fig1 ... fig8``."""
     options = cli.parse(Options, arguments, command=f"sar-vit reproduce {name}")
+    check(name, options)
     out = options.out / name
     if name == "fig3":
         picture, facts = accuracy_by_epoch(options)

@@ -27,7 +27,7 @@ from .cases import ARCHITECTURES, PUBLISHED_SIZES, TABLES, Case, Training
 from .robustness import robustness_of
 
 RUNNER = Runner(module="sar_vit", config=SarConfig, train=train)
-TITLES = METRIC_NAMES | {"miou": "mIoU"}
+TITLES = METRIC_NAMES | {"mean_iou": "mIoU"}
 DIGITS = {"spatial_entropy": 3, "components": 2}
 
 
@@ -56,6 +56,7 @@ class Options(RunOptions):
 def table_command(name: str, arguments: list[str]) -> None:
     """``sar-vit reproduce table1a ... table13, appB``."""
     options = cli.parse(Options, arguments, command=f"sar-vit reproduce {name}")
+    check(name, options)
     table = TABLES[name]
     cases = chosen(table.cases, options.only)
     rows: list[dict[str, Any]] = []
@@ -88,6 +89,22 @@ def table_command(name: str, arguments: list[str]) -> None:
     )
     if name == "table1a" and len(cases) > 1:
         save_picture(curve(rows), out / "weights.png")
+
+
+def check(name: str, options: Options) -> None:
+    """Refuse what would only be noticed after the first training.
+
+    Raises:
+        InputError: without a seed, or for Table 5 on photos at the tiny scale.
+    """
+    if not options.seeds:
+        raise InputError("--seeds: expected at least one, such as --seeds 26")
+    made = name == "table5" and options.scale == "tiny"
+    if made and options.data and not options.data.startswith("synthetic:"):
+        raise InputError(
+            f"--data {options.data}: the tiny scale shifts the domain of synthetic:... alone; give such data, or "
+            "--scale paper"
+        )
 
 
 def chosen(cases: tuple[Case, ...], words: tuple[str, ...]) -> list[Case]:
@@ -123,7 +140,7 @@ def trained(case: Case, options: Options, seed: int) -> Run:
         given["data_options"] = {**given["data_options"], **changes["data_options"]}
     recipe_epochs: int = load_recipe("sar_vit", training.recipe, SarConfig).epochs
     epochs = int(given.pop("epochs", changes.get("epochs", recipe_epochs)))
-    changes = {**changes, **given, "epochs": max(1, round(epochs * training.longer))}
+    changes = {**changes, **given, "epochs": round(epochs * training.longer)}
     return RUNNER.finished(
         options.runs / folder_name(training.recipe, changes) / f"seed{seed}", training.recipe, **changes
     )
