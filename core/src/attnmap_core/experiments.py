@@ -132,6 +132,27 @@ def mean_and_deviation(
     return result
 
 
+def paired_difference(ours: Sequence[float], theirs: Sequence[float], digits: int = 1) -> str:
+    """Mean difference of pairs with its 95 % interval of Student's t; without one for a single pair.
+
+    Args:
+        ours, theirs: values of the same seeds, in one order.
+        digits: decimals.
+
+    Example:
+        >>> paired_difference([61.0, 63.0, 65.0], [60.0, 60.0, 63.0])
+        '+2.0 [-0.5, +4.5]'
+    """
+    from scipy import stats
+
+    difference = np.subtract(ours, theirs)
+    mean = float(difference.mean())
+    if len(difference) < 2:
+        return f"{mean:+.{digits}f}"
+    half = float(stats.t.ppf(0.975, len(difference) - 1) * difference.std(ddof=1) / np.sqrt(len(difference)))
+    return f"{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"
+
+
 def shown(cell: Mapping[str, float] | None, digits: int = 1) -> str:
     """``52.7 ± 0.3``; without a spread for a single value, a dash for none.
 

@@ -42,6 +42,7 @@ from .checkpoint import (
 )
 from .data.loaders import (
     Batch,
+    Order,
     SampleDataset,
     Step,
     StreamDataset,
@@ -288,6 +289,7 @@ def train(
     evaluate: Evaluate | None = None,
     make_schedule: MakeSchedule | None = None,
     save_model: SaveModel | None = None,
+    order: Order | None = None,
     resume: bool = False,
 ) -> TrainResult:
     """Train ``model`` and leave everything about it in ``run_dir``.
@@ -314,6 +316,8 @@ def train(
             configured. ``steps_per_epoch`` is None for a stream.
         save_model: ``save_model(model, folder)`` writes a model folder, for example by ``save_pretrained``.
             It runs in the main process; without it, no model folder is written.
+        order: images of each epoch in place of a seeded permutation, for sampling by class. Its list is that of
+            all processes, and the same in each.
         resume: go on from the newest checkpoint in ``run_dir``, or begin where there is none.
 
     Raises:
@@ -325,7 +329,9 @@ def train(
         raise InputError(f"select_by {config.select_by}: this run has no evaluation; use last")
     accelerator = start_accelerator(config, run_dir)
     with _torch_settings(config, accelerator.device):
-        run = _Run(task, model, data, config, Path(run_dir), accelerator, evaluate, make_schedule, save_model)
+        run = _Run(
+            task, model, data, config, Path(run_dir), accelerator, evaluate, make_schedule, save_model, order
+        )
         if resume:
             run.resume()
         elif list_checkpoints(run.checkpoints):
@@ -629,6 +635,7 @@ class _Run:
         evaluate: Evaluate | None,
         make_schedule: MakeSchedule | None,
         save_model: SaveModel | None,
+        order: Order | None,
     ) -> None:
         self.task, self.config, self.folder, self.accelerator = task, config, folder, accelerator
         self.checkpoints = folder / "checkpoints"
@@ -643,6 +650,7 @@ class _Run:
             workers=config.workers,
             drop_last=config.drop_last,
             repeats=config.repeated_augmentation,
+            order=order,
             pin_memory=accelerator.device.type == "cuda",
             all_sum=lambda n: sum(gather_objects(accelerator, n)),
         )

@@ -421,3 +421,86 @@ def test_several_views_are_stacked_one_by_one():
     [batch] = list(eval_loader(SampleDataset(Photos(3), views), 4))
     assert [tuple(view.shape) for view in batch["images"]] == [(3, 3, 4, 4), (3, 3, 2, 2)]
     assert batch["labels"].shape == (3,)
+
+
+# --- An order in place of a permutation -------------------------------------------------------------------------
+
+
+class Drawn:
+    """``length`` places of ``range(11)`` with repeats, by the epoch."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __call__(self, epoch: int) -> list[int]:
+        return np.random.default_rng(epoch).integers(0, 11, self.length).tolist()
+
+
+def test_order_decides_what_an_epoch_takes_and_repeats_are_counted():
+    batches = TrainBatches(11, 4, order=Drawn(20))
+    assert batches.steps == 5
+    for epoch in (0, 3):
+        batches.set_epoch(epoch)
+        draws = flat(batches)
+        assert [draw.index for draw in draws] == Drawn(20)(epoch)
+        for place, draw in enumerate(draws):
+            before = [other.index for other in draws[:place]]
+            assert draw.repeat == before.count(draw.index)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    length=st.integers(1, 40),
+    batch=st.integers(1, 5),
+    processes=st.integers(1, 3),
+    accumulate=st.integers(1, 3),
+    start=st.integers(0, 5),
+)
+def test_order_is_cut_among_processes_and_resumed_like_a_permutation(
+    length, batch, processes, accumulate, start
+):
+    wanted = Drawn(length)(2)
+    own = []
+    for process in range(processes):
+        options = {"processes": processes, "process": process, "accumulate": accumulate}
+        batches = TrainBatches(11, batch, order=Drawn(length), **options)
+        batches.set_epoch(2)
+        whole = list(batches)
+        own.append(whole)
+        start = min(start, batches.steps)
+        batches.start_at(start)
+        skipped = sum(batches.micro_batches(step) for step in range(start))
+        assert list(batches) == whole[skipped:]
+    together = [draw.index for micro in zip(*own) for part in micro for draw in part if draw.weight > 0]
+    assert together == wanted
+
+
+def test_order_reaches_the_steps_and_other_orders_are_refused():
+    photos = SampleDataset(Photos(11), noisy)
+    steps = epoch_of(TrainSteps(photos, 4, order=Drawn(8)), epoch=1)
+    assert [batch["index"].tolist() for [batch] in steps] == [Drawn(8)(1)[:4], Drawn(8)(1)[4:]]
+    twice = TrainSteps(SampleDataset(Photos(1), noisy), 2, order=Always(0, 0))
+    [[batch]] = epoch_of(twice)
+    assert not torch.equal(*batch["images"])  # one image twice, augmented anew
+    with pytest.raises(InputError, match="give 1"):
+        TrainSteps(photos, 4, order=Drawn(8), repeats=2)
+    with pytest.raises(InputError, match="stream cannot choose"):
+        TrainSteps(stream(6, 2), 2, order=Drawn(8))
+    with pytest.raises(ValueError, match=r"2 images an epoch, of 0..10, got 2 of 0..11"):
+        epoch_of(TrainSteps(photos, 4, order=Always(0, 11)))
+
+
+class Always:
+    """The same places in every epoch."""
+
+    def __init__(self, *places: int) -> None:
+        self.places = places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __call__(self, epoch: int) -> list[int]:
+        return list(self.places)

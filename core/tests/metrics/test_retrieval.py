@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 import torch
 from attnmap_core.errors import InputError
-from attnmap_core.metrics import kmeans, map_at_r, nearest, nmi, r_precision, recall_at_k, retrieval_metrics
+from attnmap_core.metrics import (
+    kmeans,
+    map_at_r,
+    metrics_of_ranking,
+    nearest,
+    nmi,
+    r_precision,
+    recall_at_k,
+    retrieval_metrics,
+)
 from attnmap_core.metrics import retrieval as module
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -400,3 +409,20 @@ def test_kmeans_against_plain_lloyd(dtype, monkeypatch):
     again, other = kmeans(x, 6, seed=1), kmeans(x, 6, seed=2)
     np.testing.assert_array_equal(again.clusters, kmeans(x, 6, seed=1).clusters)
     assert (again.clusters != other.clusters).any()
+
+
+def test_metrics_of_a_given_ranking_are_those_of_the_search():
+    rng = np.random.default_rng(4)
+    x, labels = rng.standard_normal((40, 4)), rng.integers(0, 9, 40)
+    near = nearest(x, k=39)
+    relevant = [(labels == label).sum() - 1 for label in labels]
+    hits = labels[near.indices] == labels[:, None]
+    for exclude_lone in (False, True):
+        expected = retrieval_metrics(x, labels, (1, 3), exclude_lone=exclude_lone)
+        assert metrics_of_ranking(hits, relevant, (1, 3), exclude_lone=exclude_lone) == pytest.approx(
+            expected
+        )
+    with pytest.raises(InputError, match=r"2 ranks, expected \d+ or more"):
+        metrics_of_ranking(hits[:, :2], relevant, (1,))
+    with pytest.raises(InputError, match="one of them above 0"):
+        metrics_of_ranking(hits, np.zeros(40))

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from attnmap_core.testing import ModelConformance
 from contrastive_cam import ContrastiveCAM
+from contrastive_cam.frozen import FrozenMap, RegionTask
 from contrastive_cam.task import ColocalizationTask
 from contrastive_cam.transforms import PretextTransform
 from torch import Tensor
@@ -36,3 +37,15 @@ class TestResNet(OfThisPackage):
         # timm starts the last norm of each block at 0, which lets no gradient into the block
         tiny = {"channels": (8, 8, 16, 16), "stem_width": 8, "zero_init_last": False}
         return ContrastiveCAM("resnet10t", "rotation", (64, 64), gate="se", backbone_options=tiny)
+
+
+class TestFrozenMap(ModelConformance):
+    __test__ = True
+
+    def make_model(self) -> FrozenMap:
+        tiny = {"patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
+        return FrozenMap("vit", 32, blocks=(0,), labels=["bird"], backbone_options=tiny)
+
+    def training_loss(self, model: Any, images: Tensor, labels: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return RegionTask()(model, {"images": images})["loss"]

@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 import torch
 from contrastive_cam.attention import PretextHeads, caam, channel_gate
+from contrastive_cam.baselines import DescriptorStatistics, ddt_mask, scda_map, scda_mask
 from contrastive_cam.inference import (
     CorLocProtocol,
     PsyNetProtocol,
     heat_map,
+    largest_component,
     largest_component_box,
+    mask_box,
     psynet_gray,
 )
 from contrastive_cam.loss import contrastive_map_loss, contrastive_terms
@@ -250,3 +253,28 @@ def test_corloc(path: Path, case: str, plus_one: bool) -> None:
     found = protocol.compute()
     levels = [f"iou{round(100 * level)}" for level in golden["iou_thresholds"]]
     close([found[f"corloc_{name}"] for name in [*levels, "mean"]], golden[f"corloc_{suffix}"])
+
+
+@each_case("ddt_scda", "features")
+def test_ddt_and_scda(path: Path, case: str) -> None:
+    golden = read(path)
+    features = tensor(golden, "features")
+    statistics = DescriptorStatistics(features.shape[1])
+    for part in features.split(2):
+        statistics.add(part)
+    ddt = statistics.fit("largest")
+    close(ddt.mean, golden["ddt_mean"])
+    close(ddt.component, golden["ddt_component"], 1e-8)
+    assert ddt.eigenvalue == pytest.approx(float(golden["ddt_eigenvalue"]))
+    found = {"ddt": ddt(features).numpy(), "scda": scda_map(features).numpy()}
+    for name, mask_of in (("ddt", ddt_mask), ("scda", scda_mask)):
+        close(found[name], golden[f"{name}_map"], 1e-8)
+        for i, score_map in enumerate(found[name]):
+            mask = mask_of(score_map)
+            np.testing.assert_array_equal(mask, golden[f"{name}_mask8"][i])
+            box = mask_box(mask)
+            np.testing.assert_array_equal(np.full(4, -1) if box is None else box, golden[f"{name}_box8"][i])
+            level = 0 if name == "ddt" else golden["scda_threshold"][i]
+            four = largest_component(golden[f"{name}_map"][i] > level, 4)
+            np.testing.assert_array_equal(four, golden[f"{name}_mask4"][i])
+    close(found["scda"].mean(axis=(1, 2)), golden["scda_threshold"])

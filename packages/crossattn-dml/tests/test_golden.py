@@ -16,9 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attnmap_core.metrics import metrics_of_ranking, nearest
 from crossattn_dml import ConditionalEmbeddingLoss, CrossAttentionStack
 from crossattn_dml.cross_attention import unit
+from crossattn_dml.diagnostics import EDGES, gradient_histogram, similar_parts
 from crossattn_dml.losses import contrastive, distance_weights, margin, multi_similarity, pair_masks, triplet
+from crossattn_dml.rerank import reordered
 from torch import Tensor
 
 pytestmark = pytest.mark.golden
@@ -183,3 +186,50 @@ def test_proxy_anchor():
         assert value.item() == pytest.approx(expected[key], abs=1e-9)
         [gradient] = torch.autograd.grad(value, leaf)
         torch.testing.assert_close(gradient, arrays[f"{case}_grad_{key}"], **EXACT)
+
+
+def test_reranking():
+    arrays, facts = read("rerank")
+    z = unit(arrays["embeddings"].double())
+    k, labels = facts["top_k"], arrays["labels"].numpy()
+    near = nearest(z, k=len(z) - 1)
+    np.testing.assert_array_equal(near.indices, arrays["ranking_before"])
+    conditional = np.take_along_axis(arrays["conditional_similarity"].numpy(), near.indices, axis=1)
+    after = near.indices.copy()
+    after[:, :k] = reordered(near.indices[:, :k], near.similarities[:, :k], conditional[:, :k], facts["mu"])
+    np.testing.assert_array_equal(after, arrays["ranking_after"])
+    relevant = [(labels == label).sum() - 1 for label in labels]
+    for ranking, name in ((near.indices, "before"), (after, "after")):
+        ks = [int(key.partition("@")[2]) for key in facts[name] if key.startswith("recall@")]
+        found = metrics_of_ranking(labels[ranking] == labels[:, None], relevant, ks)
+        assert found == pytest.approx(facts[name], abs=1e-9)
+
+
+def test_gradient_histogram():
+    arrays, _ = read("stack")
+    expected, more = read("diagnostics")
+    found = gradient_histogram([arrays["mutual_block_grad_tokens_last"].numpy()])
+    np.testing.assert_array_equal(found.counts, expected["grad_hist_counts"])
+    np.testing.assert_allclose(EDGES, expected["grad_hist_edges"], atol=1e-12)
+    grad = more["grad"]
+    assert (found.zeros, found.underflow, found.overflow) == (
+        grad["zeros"],
+        grad["underflow"],
+        grad["overflow"],
+    )
+    assert found.percentiles == pytest.approx((grad["p05"], grad["median_log10"], grad["p95"]), abs=1e-9)
+
+
+def test_parts():
+    arrays, facts = read("diagnostics")
+    parts, labels = facts["parts"], arrays["parts_labels"]
+    grid = (parts["grid_h"], parts["grid_w"])
+    for query in parts["queries"]:
+        image = query["query_image"]
+        found = similar_parts(
+            arrays["parts_tokens"].numpy(), image, query["row"], query["col"], grid, most=parts["top_m"]
+        )
+        for part, wanted in zip(found, query["top"], strict=True):
+            assert (part.image, part.row, part.col) == (wanted["image"], wanted["row"], wanted["col"])
+            assert part.cosine == pytest.approx(wanted["cosine"], abs=1e-9)
+            assert bool(labels[part.image] == labels[image]) == wanted["same_label"]

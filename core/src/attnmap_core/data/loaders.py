@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,6 +90,32 @@ class SampleStream(Protocol):
     @property
     def dataset(self) -> Iterable[Mapping[str, Any]]: ...
     def to_sample(self, row: Any, index: int, /) -> LabelledImage: ...
+
+
+class Order(Protocol):
+    """Which images an epoch takes, one after the other, in place of a permutation: how sampling by class is done.
+
+    The list is that of all processes together. It is cut as explained at the top of this module: each
+    ``batch_size x processes`` consecutive images are a micro-batch. It must be the same wherever and however often it
+    is asked for, so that resumed runs and all processes see the same; an image may come several times.
+
+    Example:
+        >>> class EvenOnly:
+        ...     def __len__(self):
+        ...         return 2
+        ...     def __call__(self, epoch):
+        ...         return [0, 2]
+        >>> [[draw.index for draw in batch] for batch in TrainBatches(3, batch_size=2, order=EvenOnly())]
+        [[0, 2]]
+    """
+
+    def __len__(self) -> int:
+        """Images of an epoch; all have as many."""
+        ...
+
+    def __call__(self, epoch: int, /) -> Sequence[int]:
+        """Their places in the data set, in order, in the 0-based epoch."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,9 +358,11 @@ class TrainBatches(Sampler[list[Draw]]):
         drop_last: leave out the last step of an epoch where it is not full; by default it is kept.
         repeats: take each image so many times in a row (repeated augmentation, Hoffer et al. 2020), and that much
             fewer images an epoch.
+        order: images of each epoch in place of a permutation of all, which is then not drawn.
 
     Raises:
-        InputError: if there is no image, or with ``drop_last`` not enough for one step.
+        InputError: if there is no image, or with ``drop_last`` not enough for one step; for an ``order`` and
+            ``repeats`` together.
 
     Example:
         >>> batches = TrainBatches(5, batch_size=2, seed=26)
@@ -356,13 +384,20 @@ class TrainBatches(Sampler[list[Draw]]):
         seed: int = 26,
         drop_last: bool = False,
         repeats: int = 1,
+        order: Order | None = None,
     ) -> None:
         if batch_size < 1 or accumulate < 1 or not 0 <= process < processes:
             raise ValueError(
                 "batch_size and accumulate must be >= 1 and 0 <= process < processes, got "
                 f"{batch_size=}, {accumulate=}, {process=}, {processes=}"
             )
-        self.length = length
+        if order is not None and repeats > 1:
+            raise InputError(
+                f"repeated_augmentation {repeats}: the order of this run is chosen image by image; give 1"
+            )
+        self.order = order
+        self.images = length
+        self.length = length = len(order) if order is not None else length
         self.batch_size = batch_size
         self.processes = processes
         self.process = process
@@ -400,8 +435,7 @@ class TrainBatches(Sampler[list[Draw]]):
 
     def __iter__(self) -> Iterator[list[Draw]]:
         start, self._start = self._start, 0
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
-        order = order.repeat(self.repeats)[: self.length].tolist()
+        order, times = self._images_of_epoch()
         for step in range(start, self.steps):
             images = order[step * self._step_size : (step + 1) * self._step_size]
             for micro in range(self.micro_batches(step)):
@@ -411,10 +445,32 @@ class TrainBatches(Sampler[list[Draw]]):
                 weight = len(mine) * self.processes / len(images)
                 # Every process must run every micro-batch (the gradients are averaged collectively), so one
                 # that has nothing left repeats an image of the step without letting it count.
-                yield [
-                    Draw(self.epoch, index, weight, place % self.repeats)
-                    for place, index in enumerate(mine or images[:1], start=position)
-                ]
+                if mine:
+                    yield [
+                        Draw(self.epoch, index, weight, times[place])
+                        for place, index in enumerate(mine, start=position)
+                    ]
+                else:
+                    yield [Draw(self.epoch, images[0], weight, times[step * self._step_size])]
+
+    def _images_of_epoch(self) -> tuple[list[int], list[int]]:
+        """Places in the data set, and how often each image came before."""
+        if self.order is None:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+            times = [place % self.repeats for place in range(self.length)]
+            return order.repeat(self.repeats)[: self.length].tolist(), times
+        order = [int(index) for index in self.order(self.epoch)]
+        if len(order) != self.length or (order and not 0 <= min(order) <= max(order) < self.images):
+            raise ValueError(
+                f"an order must give {self.length} images an epoch, of 0..{self.images - 1}, got {len(order)} of "
+                f"{min(order, default=0)}..{max(order, default=0)}"
+            )
+        before: Counter[int] = Counter()
+        times: list[int] = []
+        for index in order:
+            times.append(before[index])
+            before[index] += 1
+        return order, times
 
 
 class EvalBatches(Sampler[list[int]]):
@@ -518,7 +574,8 @@ class TrainSteps:
         seed: of the order.
         processes, process: how many share the work, and which this is.
         workers: loader processes, 0 to load in this one.
-        drop_last, repeats: see :class:`TrainBatches`; a stream always keeps its last step and takes images once.
+        drop_last, repeats, order: see :class:`TrainBatches`; a stream always keeps its last step, takes images once
+            and knows no order.
         pin_memory: page-locked batches, for copies to a GPU.
         all_sum: sum of an integer over the processes. Only streams ask for it: how many images a step has is
             known there only when it is drawn, and it makes the weights exact at any end of the shards.
@@ -536,6 +593,7 @@ class TrainSteps:
         workers: int = 0,
         drop_last: bool = False,
         repeats: int = 1,
+        order: Order | None = None,
         pin_memory: bool = False,
         all_sum: Callable[[int], int] = int,
     ) -> None:
@@ -546,6 +604,10 @@ class TrainSteps:
         if isinstance(dataset, StreamDataset):
             if repeats > 1:
                 raise InputError(f"repeated_augmentation {repeats}: a stream takes each image once; give 1")
+            if order is not None:
+                raise InputError(
+                    "a stream cannot choose its images by class; load the data without streaming"
+                )
             self.images: int | None = None
             """Images in the data set; None for a stream."""
             self.steps: int | None = None
@@ -561,6 +623,7 @@ class TrainSteps:
                 seed=seed,
                 drop_last=drop_last,
                 repeats=repeats,
+                order=order,
             )
             self.images, self.steps = len(dataset), self._batches.steps
         self._loader = _Loader(dataset, self._batches, workers, pin_memory)

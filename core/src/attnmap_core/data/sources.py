@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,12 @@ from ..boxes import xywh_to_xyxy, xyxy_to_xywh
 from ..errors import InputError
 from .images import ImageSource, load_class_map, load_image, load_mask, reasons_not_to_read, resize_mask
 from .layouts.ade20k import list_ade20k
+from .layouts.aircraft import list_aircraft
 from .layouts.caltech101 import list_caltech101
 from .layouts.cars import list_cars
 from .layouts.cifar import list_cifar10, list_cifar100
 from .layouts.cub import list_cub
+from .layouts.dogs import list_dogs
 from .layouts.domainnet import is_domain, list_domainnet
 from .layouts.flowers102 import list_flowers102
 from .layouts.folder import list_folder
@@ -34,8 +37,10 @@ from .layouts.grocery import list_grocery
 from .layouts.hub import class_names, open_hub, read_split, stream_split
 from .layouts.imagenet import list_imagenet
 from .layouts.imagenet_variants import list_imagenet_a, list_imagenet_c
+from .layouts.inshop import list_inshop
 from .layouts.listing import Listing, Record, SegmentationClasses, image_features, import_datasets
 from .layouts.pets import list_pets
+from .layouts.sop import list_sop
 from .layouts.splits import SplitOptions, check_unique, only_classes, plan_split, read_class_list
 from .layouts.voc import list_voc
 from .layouts.voc_segmentation import VOC_FOLDERS, list_voc_segmentation
@@ -91,6 +96,8 @@ class ImageData:
         upright: photos are turned as their EXIF orientation says.
         clip_boxes: boxes that leave the image are cut instead of refused.
         segmentation: what the class maps mean, with their class names; None where there are none.
+        renamed: class index by the label of the rows, where these are others; None where they are the same.
+        crop_bottom: pixel rows cut off at the foot of every photo, and of its boxes.
 
     Example:
         >>> import tempfile
@@ -112,6 +119,8 @@ class ImageData:
         upright: bool = True,
         clip_boxes: bool = False,
         segmentation: SegmentationClasses | None = None,
+        renamed: Mapping[int, int] | None = None,
+        crop_bottom: int = 0,
     ) -> None:
         self._rows: Any = dataset
         self.labels = list(labels)
@@ -121,6 +130,8 @@ class ImageData:
         self.upright = upright
         self.clip_boxes = clip_boxes
         self.segmentation = segmentation
+        self.renamed = renamed
+        self.crop_bottom = crop_bottom
 
     @property
     def dataset(self) -> datasets.Dataset | datasets.IterableDataset:
@@ -153,11 +164,16 @@ class ImageData:
         """
         image_id = str(row["image_id"])
         image = load_image(*_source(row["image"], image_id), upright=self.upright)
+        boxes = _inside(row["objects"]["bbox"], image.size, image_id, clip=self.clip_boxes)
+        if self.crop_bottom:
+            foot = max(image.height - self.crop_bottom, 1)
+            image = image.crop((0, 0, image.width, foot))
+            boxes[:, [1, 3]] = boxes[:, [1, 3]].clip(max=foot)
         mask, ignore = _masks(row, image_id)
         return Sample(
             image=image,
-            label=int(row["label"]),
-            boxes_xyxy=_inside(row["objects"]["bbox"], image.size, image_id, clip=self.clip_boxes),
+            label=self._label(int(row["label"])),
+            boxes_xyxy=boxes,
             mask=mask,
             ignore=ignore,
             image_id=image_id,
@@ -181,7 +197,7 @@ class ImageData:
     def targets(self) -> NDArray[np.int64]:
         """``(len,)`` class indices, without opening a photo."""
         self._needs_rows("has no list of labels")
-        return np.asarray(self._column("label"), dtype=np.int64)
+        return np.asarray([self._label(label) for label in self._column("label")], dtype=np.int64)
 
     @property
     def image_ids(self) -> list[str]:
@@ -193,6 +209,35 @@ class ImageData:
         """The same data set with only these rows, in this order."""
         self._needs_rows("cannot be indexed")
         return self._with(self._rows.select([int(index) for index in indices]))
+
+    def of_classes(self, classes: Sequence[int]) -> ImageData:
+        """The images of these classes alone, which become labels 0, 1, ... in the order given.
+
+        Two calls with other classes divide a data set by class, as learning for unseen classes is measured.
+
+        Args:
+            classes: indices of ``labels``, each once.
+
+        Raises:
+            ValueError: for a class that there is not, or one twice.
+
+        Example:
+            >>> data = load_data("synthetic:classes=4,superclasses=2,image_size=32,scale_min=0.4,test=8", "test")
+            >>> some = data.of_classes([3, 1])
+            >>> some.targets.tolist(), some.labels == [data.labels[3], data.labels[1]]
+            ([1, 0, 1, 0], True)
+        """
+        number = {label: place for place, label in enumerate(classes)}
+        if len(number) != len(classes) or not all(0 <= label < len(self.labels) for label in number):
+            raise ValueError(
+                f"classes must be of 0..{len(self.labels) - 1}, each once, got {list(classes)[:20]}"
+            )
+        targets = self.targets
+        chosen = self.select(np.flatnonzero(np.isin(targets, list(number))))
+        before = self.renamed or {label: label for label in range(len(self.labels))}
+        chosen.renamed = {row: number[label] for row, label in before.items() if label in number}
+        chosen.labels = [self.labels[label] for label in classes]
+        return chosen
 
     def describe(self) -> dict[str, Any]:
         """Counts for logs and reports: images, classes, and (if they are listed) boxes and masks."""
@@ -230,7 +275,12 @@ class ImageData:
             upright=self.upright,
             clip_boxes=self.clip_boxes,
             segmentation=self.segmentation,
+            renamed=self.renamed,
+            crop_bottom=self.crop_bottom,
         )
+
+    def _label(self, label: int) -> int:
+        return label if self.renamed is None else self.renamed[label]
 
     def readable(self, *, progress: bool) -> ImageData:
         """Without the photos that do not decode; each is named in the log.
@@ -303,7 +353,7 @@ def load_data(
 
     Args:
         spec: the source, as in ``--data``.
-        split: ``"train"``, ``"val"``, ``"test"``, or ``"all"``.
+        split: ``"train"``, ``"val"``, ``"test"``, or ``"all"``; of data that have them, ``"query"`` and ``"gallery"``.
         streaming: iterate only. Hub data are then not downloaded first.
         skip_unreadable: decode every photo once and leave out, with a warning, those that fail. (Streaming:
             the check is made on the way, at the price of decoding twice.)
@@ -337,8 +387,8 @@ def load_data(
         >>> len(data), data[0].image.size, data[0].boxes_xyxy.shape, data[0].mask.dtype
         (8, (32, 32), (1, 4), dtype('bool'))
     """
-    if split not in ("train", "val", "test", "all"):
-        raise ValueError(f"split must be train, val, test or all, got {split!r}")
+    if split not in ("train", "val", "test", "all", "query", "gallery"):
+        raise ValueError(f"split must be train, val, test, all, query or gallery, got {split!r}")
     options = SplitOptions(
         val_fraction=val_fraction,
         test_fraction=test_fraction,
@@ -350,6 +400,7 @@ def load_data(
     classes = classes.split(",") if isinstance(classes, str) else classes
     labels = labels.split(",") if isinstance(labels, str) else labels
     scheme, where = _parse(spec)
+    disjoint = scheme == "synthetic"  # there classes are kept from a split on purpose
     _check_fit(
         scheme,
         split_file=split_file,
@@ -374,6 +425,7 @@ def load_data(
         if list_of_classes is not None:
             classes = read_class_list(list_of_classes, listing.labels)
         records, names = _choose_records(listing, split, options, classes)
+        disjoint = listing.disjoint
         table: Any = records_to_dataset(
             _with_boxes_inside(records, clip=clip_boxes), names, segmentation=listing.segmentation is not None
         )
@@ -386,10 +438,11 @@ def load_data(
             upright=listing.upright,
             clip_boxes=clip_boxes,
             segmentation=listing.segmentation,
+            crop_bottom=listing.crop_bottom,
         )
     if skip_unreadable:
         data = data.readable(progress=progress)
-    if not streaming and scheme != "synthetic":  # there classes are kept from a split on purpose
+    if not streaming and not disjoint:
         _check_classes(data)
     return data
 
@@ -470,8 +523,13 @@ def describe_sources() -> dict[str, str]:
         "cifar100:PATH": "CIFAR-100, fine labels: cifar-100-python/",
         "flowers102:PATH": "Oxford 102 Flowers: jpg/, imagelabels.mat, setid.mat",
         "pets:PATH": "Oxford-IIIT Pets: images/, annotations/trainval.txt, annotations/test.txt",
+        "aircraft:PATH": "FGVC-Aircraft: images/, images_box.txt, images_variant_*.txt; their banner is cut off",
+        "aircraft-banner:PATH": "the same with the banner",
+        "dogs:PATH": "Stanford Dogs: Images/, Annotation/, train_list.mat, test_list.mat, with boxes",
         "cars:PATH": "Stanford Cars: cars_train/, cars_test/, devkit/*.mat, with boxes",
         "grocery:PATH": "Grocery Store: train.txt, val.txt, test.txt, classes.csv; fine classes",
+        "sop:PATH": "Stanford Online Products: Ebay_train.txt, Ebay_test.txt; a class is a product",
+        "inshop:PATH": "In-Shop Clothes: Eval/list_eval_partition.txt, Img/; splits train, query, gallery",
         "domainnet:PATH/DOMAIN": "a domain of DomainNet with its lists beside it, or prepared as train/ and val/",
         "voc-segmentation:PATH": "Pascal VOC 2012 with SegmentationClass/: class maps, splits train and val",
         "ade20k:PATH": "ADEChallengeData2016: class maps of 150 classes, splits train and val",
@@ -484,15 +542,20 @@ def describe_sources() -> dict[str, str]:
 
 _LAYOUTS: dict[str, Callable[[Path], Listing]] = {
     "ade20k": list_ade20k,
+    "aircraft": list_aircraft,
+    "aircraft-banner": partial(list_aircraft, crop_banner=False),
     "caltech101": list_caltech101,
     "cars": list_cars,
     "cifar10": list_cifar10,
     "cifar100": list_cifar100,
+    "dogs": list_dogs,
     "domainnet": list_domainnet,
     "flowers102": list_flowers102,
     "grocery": list_grocery,
     "imagenet-a": list_imagenet_a,
+    "inshop": list_inshop,
     "pets": list_pets,
+    "sop": list_sop,
     "voc": list_voc,
     "voc-segmentation": list_voc_segmentation,
 }
@@ -566,8 +629,16 @@ def _recognise(path: Path) -> str:
         return "flowers102"
     if has("classes.csv", "train.txt", "test.txt"):
         return "grocery"
+    if has("images_box.txt", "variants.txt"):
+        return "aircraft"
+    if has("Images", "Annotation") and (has("train_list.mat") or has("lists/train_list.mat")):
+        return "dogs"
     if has("devkit/cars_train_annos.mat"):
         return "cars"
+    if has("Ebay_train.txt", "Ebay_test.txt") or has("Info_Files/Ebay_train.txt"):
+        return "sop"
+    if has("Eval/list_eval_partition.txt") or has("list_eval_partition.txt"):
+        return "inshop"
     if has("annotations/trainval.txt", "images"):
         return "pets"
     if has("ADEChallengeData2016") or has("images/training", "annotations/training"):

@@ -2,7 +2,16 @@
 
 from .classification import class_ranks, topk_accuracy
 from .localization import best_iou_curve, corloc, max_box_acc, pxap, topk_loc
-from .retrieval import kmeans, map_at_r, nearest, nmi, r_precision, recall_at_k, retrieval_metrics
+from .retrieval import (
+    kmeans,
+    map_at_r,
+    metrics_of_ranking,
+    nearest,
+    nmi,
+    r_precision,
+    recall_at_k,
+    retrieval_metrics,
+)
 from .robustness import mce, subset_accuracy
 from .segmentation import jaccard_best_head, mass_mask, mean_iou
 
@@ -17,6 +26,7 @@ __all__ = [
     "max_box_acc",
     "mce",
     "mean_iou",
+    "metrics_of_ranking",
     "nearest",
     "nmi",
     "pxap",

@@ -281,6 +281,46 @@ def _evaluate(
     return {name: total / counts.get(name, with_some) for name, total in sums.items()}
 
 
+def metrics_of_ranking(
+    hits: ArrayLike, relevant: ArrayLike, ks: Sequence[int] = (1, 2, 4, 8), *, exclude_lone: bool = False
+) -> dict[str, float]:
+    """The metrics of rankings that were made elsewhere, such as re-ranked ones.
+
+    Args:
+        hits: ``(q, depth)`` bool: is the item at each rank of the query's class?
+        relevant: ``(q,)`` how many such items the gallery has.
+        ks: of Recall@k.
+        exclude_lone: leave queries without any out of Recall@k; else they miss.
+
+    Returns:
+        ``recall@k`` for each k, ``r_precision``, ``map_at_r``, as :func:`retrieval_metrics` gives them.
+
+    Raises:
+        InputError: for rankings that are less deep than a ``k`` or the largest ``relevant``, and where no query has
+            anything to find.
+
+    Example:
+        >>> metrics_of_ranking([[False, True], [True, False]], [1, 1], ks=(1,))
+        {'recall@1': 0.5, 'r_precision': 0.5, 'map_at_r': 0.5}
+    """
+    found = torch.from_numpy(np.asarray(hits, dtype=bool))
+    R = torch.from_numpy(np.asarray(relevant, dtype=np.int64))
+    if found.ndim != 2 or R.shape != found.shape[:1] or not (R > 0).any():
+        raise InputError(
+            f"hits {tuple(found.shape)}, relevant {tuple(R.shape)}: expected rankings (q, depth) and a number each, "
+            "one of them above 0; give both of the same queries"
+        )
+    wanted = max(*ks, int(R.max())) if ks else int(R.max())
+    if found.shape[1] < wanted:
+        raise InputError(
+            f"hits: {found.shape[1]} ranks, expected {wanted} or more; rank deeper or choose a smaller k"
+        )
+    with_some = int((R > 0).sum())
+    count = {f"recall@{k}": with_some if exclude_lone else len(R) for k in ks}
+    values = _per_query(found, R, tuple(ks), ("recall", "r_precision", "map_at_r"))
+    return {name: float(value.double().sum()) / count.get(name, with_some) for name, value in values.items()}
+
+
 def _per_query(hits: Tensor, R: Tensor, ks: tuple[int, ...], names: tuple[str, ...]) -> dict[str, Tensor]:
     """Values of each query from ``hits (b, depth)`` bool; 0 for those without anything to find."""
     found: dict[str, Tensor] = {}

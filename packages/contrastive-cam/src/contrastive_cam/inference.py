@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from attnmap_core.boxes import box_iou, boxes_from_score_map, upsample_score_map
+from attnmap_core.errors import InputError
 from attnmap_core.metrics.localization import Protocol, corloc
 from numpy.typing import ArrayLike, NDArray
 
@@ -74,6 +75,29 @@ def threshold_of(score_map: ArrayLike, rule: Threshold) -> float:
     return float(rule)
 
 
+def parse_rule(text: str) -> float | Literal["mean", "otsu", "zero"] | None:
+    """The cut of heat maps that a text names; None for auto.
+
+    Raises:
+        InputError: for anything else than a share, mean, otsu, zero or auto.
+
+    Example:
+        >>> parse_rule("0.3"), parse_rule("otsu"), parse_rule("auto")
+        (0.3, 'otsu', None)
+    """
+    if text == "auto":
+        return None
+    if text in ("mean", "otsu", "zero"):
+        return text
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise InputError(f"threshold {text}: expected a share in [0, 1], mean, otsu, zero or auto")
+    return share
+
+
 def _otsu(values: NDArray[np.float64]) -> float:
     count, edges = np.histogram(values, bins=256, range=(0, 1))
     centre = (edges[:-1] + edges[1:]) / 2
@@ -109,21 +133,53 @@ def largest_component_box(score_map: ArrayLike, threshold: Threshold = 0.2) -> B
         >>> largest_component_box(score_map).tolist()
         [1.0, 1.0, 3.0, 3.0]
     """
-    from scipy import ndimage
-
     values = np.asarray(score_map, dtype=np.float64)
     if values.ndim != 2:
         raise ValueError(f"a score map is (h, w), got {values.shape}")
     level = threshold_of(values, threshold)
     if not values.size or values.min() == values.max():
         return None
-    mask = values > level if threshold == "mean" else values >= level
-    found: Any = ndimage.label(mask, np.ones((3, 3)))
+    return mask_box(largest_component(values > level if threshold == "mean" else values >= level))
+
+
+def largest_component(mask: ArrayLike, connectivity: Literal[4, 8] = 8) -> NDArray[np.bool_]:
+    """The part of a mask that is its largest connected component, the first in row-major order of equals.
+
+    Args:
+        mask: ``(h, w)``.
+        connectivity: whether cells that meet at a corner hold together (8) or not (4).
+
+    Returns:
+        ``(h, w)``; nothing where the mask is empty.
+
+    Raises:
+        ValueError: for another connectivity.
+
+    Example:
+        >>> largest_component([[1, 0, 0], [0, 1, 0], [0, 0, 0], [1, 0, 0]]).astype(int).tolist()
+        [[1, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0]]
+    """
+    from scipy import ndimage
+
+    if connectivity not in (4, 8):
+        raise ValueError(f"connectivity must be 4 or 8, got {connectivity}")
+    found: Any = ndimage.label(np.asarray(mask, dtype=bool), np.ones((3, 3)) if connectivity == 8 else None)
     labels, count = found  # numbered in row-major order
     if count == 0:
+        return np.zeros_like(labels, dtype=bool)
+    return labels == int(np.argmax(np.bincount(labels.ravel())[1:])) + 1
+
+
+def mask_box(mask: ArrayLike) -> Boxes | None:
+    """Tight box ``(4,)`` xyxy around a mask ``(h, w)``, end exclusive; None around nothing.
+
+    Example:
+        >>> mask_box([[0, 1], [0, 1]]).tolist()
+        [1.0, 0.0, 2.0, 2.0]
+    """
+    rows, columns = np.nonzero(np.asarray(mask))
+    if not len(rows):
         return None
-    largest = int(np.argmax(np.bincount(labels.ravel())[1:])) + 1
-    rows, columns = np.nonzero(labels == largest)
     return np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], dtype=np.float64)
 
 

@@ -173,10 +173,13 @@ class ContrastiveCAM(
 
     def attention_map(self, images: Tensor) -> Tensor:
         """The map that inference uses, ``(b, h, w)`` on the backbone's grid; see ``eval_map``."""
-        F = self.backbone(images).map
+        return self.map_of(self.backbone(images).map)
+
+    def map_of(self, features: Tensor) -> Tensor:
+        """The same from features ``(b, c, h, w)`` of the backbone."""
         if self.eval_map == "caam":
-            return caam(F)
-        F_w = self.gate(F)
+            return caam(features)
+        F_w = self.gate(features)
         return caam(F_w) if self.eval_map == "avg_fw" else self.pooled(F_w)
 
     def localize(self, images: Tensor) -> Localization:
@@ -185,8 +188,10 @@ class ContrastiveCAM(
         Maps are ``(b, h, w)`` on the backbone's grid, or ``(b, H, W)`` where ``map_offset`` moves the cells.
         """
         A = self.attention_map(images)
-        logits = A.mean((1, 2)).unsqueeze(1)
-        if self.map_offset == "receptive_field":
-            size = (images.shape[2], images.shape[3])
-            A = shifted_upsampling(A, size, receptive_shift(self.backbone))
-        return Localization(logits, A)
+        return Localization(A.mean((1, 2)).unsqueeze(1), self.placed(A, (images.shape[2], images.shape[3])))
+
+    def placed(self, A: Tensor, size: tuple[int, int]) -> Tensor:
+        """Maps ``(b, h, w)`` where ``map_offset`` puts their cells: as they are, or moved, ``(b, *size)``."""
+        if self.map_offset == "geometric":
+            return A
+        return shifted_upsampling(A, size, receptive_shift(self.backbone))

@@ -37,6 +37,7 @@ class ColocalizationTask:
             :func:`~contrastive_cam.loss.foreground_background_loss`.
         ratio: of the model, for the report on active channels.
         threshold: share of a map's maximum for the report on its area.
+        freeze_norms: batch norm keeps the statistics of its pretraining.
         **loss_options: of :func:`~contrastive_cam.contrastive_map_loss`, for ``"maps"``; ``tau`` and ``gather`` also
             for ``"fgbg"``.
 
@@ -68,6 +69,7 @@ class ColocalizationTask:
         kind: Kind = "maps",
         ratio: float = 0.7,
         threshold: float = 0.2,
+        freeze_norms: bool = False,
         **loss_options: Any,
     ) -> None:
         if kind not in ("maps", "fgbg"):
@@ -86,7 +88,7 @@ class ColocalizationTask:
         self.transform = transform or PretextTransform()
         self.weight, self.pretext_weight, self.warmup_epochs = weight, pretext_weight, warmup_epochs
         self.kind: Kind = kind
-        self.ratio, self.threshold = ratio, threshold
+        self.ratio, self.threshold, self.freeze_norms = ratio, threshold, freeze_norms
         self.loss_options = loss_options
         self.told = False
         self.begin_epoch(0)
@@ -112,6 +114,10 @@ class ColocalizationTask:
             ``active_fraction``, ``active_p95`` and ``ptap_acts``, see :func:`~contrastive_cam.pooling.active_fraction`.
         """
         images = batch["images"]
+        if self.freeze_norms:  # the loop puts the whole model in training mode before each epoch
+            for module in model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]
+                    module.eval()
         moved = self.transform(images)
         with_maps = self.weight > 0
         views: Views = model(torch.cat([images, moved.images]) if with_maps else moved.images)

@@ -261,6 +261,52 @@ class CrossAttentionStack(nn.Module):
             found = {level: S.masked_fill(~wanted, torch.nan) for level, S in found.items()}
         return found
 
+    def between(
+        self,
+        embeddings: Tensor,
+        tokens: Tensor,
+        others: Tensor,
+        other_tokens: Tensor,
+        *,
+        levels: Sequence[int] | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> dict[int, Tensor]:
+        """Similarities of some images with others: queries with what they may find.
+
+        Args:
+            embeddings, tokens: of the anchors, ``(b, dim)`` and ``(b, n, memory_dim)``.
+            others, other_tokens: of the candidates, ``m`` of them.
+            levels, grid: as in :meth:`forward`.
+
+        Returns:
+            ``(b, m)`` for each level: row anchor, column candidate, in ``[-1, 1]``.
+
+        Example:
+            >>> stack = CrossAttentionStack(8, 12, blocks=2, heads=2)
+            >>> u, X = torch.randn(5, 8), torch.randn(5, 6, 12)
+            >>> whole, part = stack(u, X)[2], stack.between(u[:2], X[:2], u[2:], X[2:])[2]
+            >>> torch.allclose(part, whole[:2, 2:], atol=1e-6)
+            True
+        """
+        levels = self._levels(levels)
+        anchors = self._begin(embeddings, tokens, grid, last=max(levels))
+        candidates = self._begin(others, other_tokens, grid, last=max(levels))
+        z, other_z = unit(anchors.embeddings), unit(candidates.embeddings)
+        found: dict[int, Tensor] = {}
+        if 0 in levels:
+            with torch.autocast(z.device.type, enabled=False):
+                found[0] = z @ other_z.mT
+        above = [level for level in levels if level]
+        if above:
+            own = self.similarity == "anchor"
+            ends, other_ends = (
+                self._own(images, above) if own else ends.expand(len(above), -1, -1)
+                for images, ends in ((anchors, z), (candidates, other_z))
+            )
+            tile, _ = self._tile(anchors, candidates, ends, other_ends, above, None, same=False)
+            found |= dict(zip(above, tile))
+        return found
+
     def conditional(
         self,
         embeddings: Tensor,

@@ -98,6 +98,8 @@ class Listing:
             were annotated, and are evaluated, on the stored pixels.
         hints: for a split that is not there, how to get it.
         segmentation: what the class maps mean, where every photo has one.
+        disjoint: whether the splits have different classes by intention, so that none shows all ``labels``.
+        crop_bottom: pixel rows at the foot of every photo that are no part of it; boxes are cut with them.
     """
 
     name: str
@@ -107,6 +109,8 @@ class Listing:
     upright: bool = True
     hints: Mapping[str, str] = field(default_factory=dict[str, str])
     segmentation: SegmentationClasses | None = None
+    disjoint: bool = False
+    crop_bottom: int = 0
 
     @property
     def has_official_splits(self) -> bool:

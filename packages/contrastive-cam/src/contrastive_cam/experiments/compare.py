@@ -1,0 +1,399 @@
+"""Training-free methods side by side on one folder, and the evidence on real photos: trained against training-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from attnmap_core import cli
+from attnmap_core.data.loaders import eval_loader, samples_of
+from attnmap_core.data.sources import ImageData, load_data
+from attnmap_core.data.transforms import eval_transform
+from attnmap_core.errors import InputError
+from attnmap_core.experiments import Run, mean_and_deviation, write_results
+from attnmap_core.files import read_json, write_json
+from torch import Tensor
+
+from ..config import ContrastiveConfig
+from ..evaluate import METRIC_NAMES, Evaluation, evaluate_localizer
+from ..frozen import VIT, FrozenMap
+from ..inference import Multi
+from ..localizers import Localizer, Method, Rule
+
+CNN = "mobilenetv2_100"
+METRICS = tuple(METRIC_NAMES)
+
+
+@dataclass(frozen=True)
+class Free:
+    """A training-free method, or one unit on frozen features.
+
+    Attributes:
+        method: of :class:`Localizer`.
+        network: ``"vit"`` or ``"cnn"``.
+        layers: of the CNN; its last map where empty.
+        blocks: of the ViT, whose keys are read.
+        rule: the cut; the method's own where None.
+        drawn: whether the seed matters.
+    """
+
+    method: Method
+    network: str
+    layers: tuple[str, ...] = ()
+    blocks: tuple[int, ...] = ()
+    rule: Rule | None = None
+    drawn: bool = False
+
+
+FREE: dict[str, Free] = {
+    "CNN mean activation": Free("mean", "cnn"),
+    "CNN SCDA": Free("scda", "cnn"),
+    "CNN DDT": Free("ddt", "cnn", ("blocks.5",)),
+    "CNN DDT+": Free("ddt+", "cnn", ("blocks.5", "blocks.4")),
+    "CNN region unit": Free("region", "cnn", ("blocks.5",), drawn=True),
+    "ViT LOST": Free("lost", "vit", blocks=(-1,)),
+    "ViT DDT, last block": Free("ddt", "vit", blocks=(-1,)),
+    "ViT DDT, three blocks": Free("ddt", "vit", blocks=(-3, -2, -1)),
+    "ViT region unit": Free("region", "vit", blocks=(-3, -2, -1), drawn=True),
+}
+"""What is compared: networks of ImageNet, whatever else is said."""
+
+
+def localizer_of(free: Free, make: Mapping[str, Any]) -> Localizer:
+    """The method on a network that ``make`` says how to construct.
+
+    Args:
+        free: the method.
+        make: arguments of :class:`FrozenMap`.
+    """
+    options: dict[str, Any] = {**make, "blocks": free.blocks, "layers": free.layers[:1]}
+    other = FrozenMap(**{**options, "layers": free.layers[1:]}) if free.method == "ddt+" else None
+    return Localizer(FrozenMap(**options), free.method, free.rule, other)
+
+
+def batches(data: ImageData, localizer: Localizer, batch_size: int, workers: int = 0) -> Iterator[Tensor]:
+    """The photos of a data set as a network's input, in order."""
+    samples = samples_of(data, eval_transform(localizer.model.preprocessing), seed=0)
+    for batch in eval_loader(samples, batch_size, workers=workers):
+        yield batch["images"]
+
+
+def fitted(
+    localizer: Localizer, data: ImageData, device: str, *, seed: int = 0, batch_size: int = 32
+) -> Localizer:
+    """A localizer that has seen all photos of a data set."""
+    for model in (localizer.model, localizer.other):
+        if model is not None:
+            model.to(device).eval()
+    options = {"seed": seed} if localizer.method == "region" else {}
+    localizer.fit(batches(data, localizer, batch_size), **options)
+    return localizer
+
+
+def free_rows(config: ContrastiveConfig, data: ImageData, device: str) -> list[dict[str, Any]]:
+    """Rows of the training-free methods on the very network that a run starts from."""
+    from ..train import build_model
+
+    start: Any = build_model(config)
+    vit = hasattr(start.backbone.model, "blocks") and hasattr(start.backbone.model, "patch_embed")
+    make: dict[str, Any] = {
+        "backbone": config.backbone,
+        "img_size": config.image_size,
+        "last_stage": config.last_stage,
+        "preprocessing": start.preprocessing.to_dict(),
+        "pretrained": config.pretrained,
+        "weights": config.weights,
+        "backbone_options": dict(config.backbone_options),
+    }
+    methods: dict[str, Free] = {
+        "pretrained, mean activation": Free("mean", ""),
+        "SCDA": Free("scda", ""),
+        "DDT": Free("ddt", ""),
+    }
+    if vit:
+        methods |= {"DDT on keys": Free("ddt", "", blocks=(-1,)), "LOST": Free("lost", "", blocks=(-1,))}
+    rows: list[dict[str, Any]] = []
+    for name, free in methods.items():
+        localizer = localizer_of(free, make)
+        # The same start, also where it is random.
+        localizer.model.backbone.load_state_dict(start.backbone.state_dict())
+        fitted(localizer, data, cli.choose_device(device), batch_size=config.eval_batch_size)
+        found = evaluate_localizer(
+            localizer, data, floors=False, multi=config.multi, batch_size=config.eval_batch_size
+        ).metrics()
+        rows.append(
+            {"method": name, "trained": "no"} | {METRIC_NAMES[metric]: found[metric] for metric in METRICS}
+        )
+    return rows
+
+
+# --- One folder --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """All training-free methods on one data set or folder with known boxes, beside floors."""
+
+    data: str = "synthetic:classes=4,superclasses=1,test=60,train=1"
+    """Data source with boxes."""
+    data_options: dict[str, bool | int | float | str] = field(
+        default_factory=dict[str, bool | int | float | str]
+    )
+    """Options of the data source."""
+    split: str = "test"
+    """Part of the data; all for everything."""
+    vit: str = VIT
+    """timm name of the ViT."""
+    vit_weights: str | None = None
+    """Local file of its weights; downloaded where not given."""
+    cnn: str = CNN
+    """timm name of the CNN; the layers of the table are MobileNetV2's."""
+    cnn_weights: str | None = None
+    """Local file of its weights; downloaded where not given."""
+    image_size: int = 224
+    """Side of the square input of both, in pixels."""
+    methods: tuple[str, ...] = tuple(FREE)
+    """Rows of the table."""
+    multi: Multi = "any"
+    """Which of several annotated objects counts."""
+    seeds: tuple[int, ...] = (0,)
+    """Of the region units."""
+    batch_size: int = 16
+    """Photos a forward pass."""
+    device: str = "auto"
+    """cpu, cuda, mps or auto."""
+    out: Path = Path("runs/compare")
+    """Folder of the table."""
+
+
+def networks(options: Any) -> dict[str, dict[str, Any]]:
+    """How the two networks of the table are made, by ``"vit"`` and ``"cnn"``."""
+    shared: dict[str, Any] = {"img_size": options.image_size, "last_stage": "timm"}
+    vit = shared | {
+        "backbone": options.vit,
+        "weights": options.vit_weights,
+        "pretrained": options.vit_weights is None,
+    }
+    cnn = shared | {
+        "backbone": options.cnn,
+        "weights": options.cnn_weights,
+        "pretrained": options.cnn_weights is None,
+        "backbone_options": {"output_stride": 16},
+    }
+    return {"vit": vit, "cnn": cnn}
+
+
+def check_rows(rows: Sequence[str]) -> None:
+    """Rows must be among :data:`FREE`.
+
+    Raises:
+        InputError: for another.
+    """
+    for row in rows:
+        if row not in FREE:
+            raise InputError(f"{row}: no such row; known: {'; '.join(FREE)}")
+
+
+def measured(
+    free: Free, make: Mapping[str, Any], data: ImageData, options: Any, seeds: Sequence[int], multi: Multi
+) -> list[Evaluation]:
+    """A method fitted to all photos of a data set and scored on them; once a seed where the seed matters."""
+    localizer = localizer_of(free, make)
+    device = cli.choose_device(options.device)
+    found: list[Evaluation] = []
+    for seed in seeds if free.drawn else seeds[:1]:
+        fitted(localizer, data, device, seed=seed, batch_size=options.batch_size)
+        found.append(
+            evaluate_localizer(localizer, data, rules=["otsu"], multi=multi, batch_size=options.batch_size)
+        )
+    return found
+
+
+def compare_command(arguments: list[str]) -> None:
+    """``contrastive-cam reproduce compare --data voc:PHOTOS --split all``."""
+    options = cli.parse(CompareOptions, arguments, command="contrastive-cam reproduce compare")
+    check_rows(options.methods)
+    if not options.seeds:
+        raise InputError("--seeds: expected at least one, such as --seeds 0 1 2")
+    source: dict[str, Any] = {**options.data_options}
+    data = load_data(options.data, options.split, **source)
+    make = networks(options)
+    rows: list[dict[str, Any]] = []
+    floors: dict[str, dict[str, float]] = {}
+    for name in options.methods:
+        free = FREE[name]
+        several = measured(free, make[free.network], data, options, options.seeds, options.multi)
+        if not several[0].own.rows:
+            raise InputError(f"{data.name}, {data.split}: no photo with a known box; nothing to compare")
+        found = mean_and_deviation([one.metrics() for one in several], METRICS)
+        rows.append(
+            {"method": name, "cut": several[0].rule}
+            | {METRIC_NAMES[metric]: found[metric] for metric in METRICS}
+            | {"seconds a photo": several[0].facts["seconds"]}
+        )
+        floors = {floor: protocol.compute() for floor, protocol in several[0].floors.items()}
+    rows += [
+        {"method": f"floor: {floor}"} | {METRIC_NAMES[metric]: found[metric] for metric in METRICS}
+        for floor, found in floors.items()
+    ]
+    write_results(
+        options.out,
+        rows,
+        title=f"Training-free methods on {data.name}, {data.split}",
+        distribution="contrastive-cam",
+        notes=["Each method is fitted to the photos that it is scored on; no box has a part in that."],
+        digits={"seconds a photo": 3},
+        seed=options.seeds[0],
+    )
+
+
+# --- Evidence ----------------------------------------------------------------------------------------------------
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "CNN rotation (PsyNet)": {"contrastive_weight": 0.0, "pooling": "avg", "gate": "none"},
+    "CNN + PTAP": {"contrastive_weight": 0.0},
+    "CNN + contrastive maps": {"pooling": "avg", "gate": "none", "negatives": "batch"},
+    "CNN + both": {"negatives": "batch"},
+    "CNN + PTAP, maps without negatives": {"negatives": "none"},
+}
+"""Trainings of the recipe ``folder``, as changes to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvidenceOptions(CompareOptions):
+    """Trained and training-free methods and floors on real photos, one folder after the other.
+
+    Finished rows are not measured again. ``--folders voc:raccoon caltech101:animals#kangaroo`` takes one class of a
+    data set after a ``#``.
+    """
+
+    folders: tuple[str, ...] = ()
+    """Data sources with boxes, each of one kind of thing."""
+    trainings: tuple[str, ...] = tuple(VARIANTS)
+    """Trainings of the CNN."""
+    epochs: int | None = None
+    """Of each training; the recipe's own where not given."""
+    changes: dict[str, bool | int | float | str] = field(default_factory=dict[str, bool | int | float | str])
+    """Other fields of the recipe, such as --changes.lr 2e-3."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of trainings and region units."""
+    out: Path = Path("runs/evidence")
+    """Folder of runs and tables."""
+
+
+def evidence_command(arguments: list[str]) -> None:
+    """``contrastive-cam reproduce evidence --folders voc:PHOTOS ... --cnn-weights FILE --vit-weights FILE``."""
+    options = cli.parse(EvidenceOptions, arguments, command="contrastive-cam reproduce evidence")
+    check_rows(options.methods)
+    for name in options.trainings:
+        if name not in VARIANTS:
+            raise InputError(f"{name}: no such training; known: {'; '.join(VARIANTS)}")
+    if not options.folders or not options.seeds:
+        raise InputError(
+            "--folders and --seeds: expected one or more of each, such as --folders voc:PHOTOS --seeds 0"
+        )
+    make = networks(options)
+    rows: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
+    for folder in options.folders:
+        source, _, chosen = folder.partition("#")
+        only = {"classes": chosen} if chosen else {}
+        data = load_data(source, "all", **options.data_options, **only)
+        title = chosen or data.name.rpartition(":")[2]
+        floors: dict[str, dict[str, float]] = {}
+        for name in options.methods:
+            several = kept_rows(options, title, name, data, make)
+            floors = several[0]["floors"]
+            rows.append(_row(title, name, [one["metrics"] for one in several], several[0]["rule"]))
+            records += [
+                {"folder": title, "row": name, "seed": i, **one["metrics"]} for i, one in enumerate(several)
+            ]
+        for name in options.trainings:
+            runs = [training(options, source, only, name, seed, title) for seed in options.seeds]
+            rows.append(_row(title, name, [run.metrics["metrics"] for run in runs], runs[0].metrics["rule"]))
+            records += [
+                {"folder": title, "row": name, "seed": seed, **run.metrics["metrics"]}
+                for seed, run in zip(options.seeds, runs)
+            ]
+            floors = floors or runs[0].metrics["floors"]
+        rows += [_row(title, f"floor: {floor}", [found], "–") for floor, found in floors.items()]
+    write_results(
+        options.out,
+        rows,
+        title="Evidence on real photos, CorLoc",
+        distribution="contrastive-cam",
+        notes=[
+            "Every method sees all photos of a folder and no box; a hit on any annotated object counts. Means ± "
+            f"standard deviation over {len(options.seeds)} seeds where a seed has a part.",
+        ],
+        seed=options.seeds[0],
+        records=records,
+    )
+
+
+def _row(folder: str, name: str, several: Sequence[Mapping[str, float]], rule: str) -> dict[str, Any]:
+    found = mean_and_deviation(several, METRICS)
+    return {"folder": folder, "method": name, "cut": rule} | {
+        METRIC_NAMES[metric]: found.get(metric) for metric in METRICS
+    }
+
+
+def slug(name: str) -> str:
+    """A file name of a row.
+
+    Example:
+        >>> slug("CNN DDT+")
+        'cnn-ddt-plus'
+    """
+    text = name.lower().replace("+", "-plus ")
+    return "-".join(filter(None, "".join(c if c.isalnum() else "-" for c in text).split("-")))
+
+
+def kept_rows(
+    options: EvidenceOptions, title: str, name: str, data: ImageData, make: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Evaluations of a training-free row as plain values, measured once and then read."""
+    path = options.out / "free" / slug(title) / f"{slug(name)}.json"
+    settings = {
+        "network": getattr(options, FREE[name].network),
+        "image_size": options.image_size,
+        "multi": options.multi,
+        "photos": len(data),
+        "seeds": list(options.seeds) if FREE[name].drawn else [],
+    }
+    if path.is_file():
+        kept = read_json(path)
+        if kept["settings"] == settings:
+            return kept["evaluations"]
+    free = FREE[name]
+    found = measured(free, make[free.network], data, options, options.seeds, options.multi)
+    if not found[0].own.rows:
+        raise InputError(f"{data.name}: no photo with a known box; give folders with boxes")
+    evaluations = [one.to_json() for one in found]
+    write_json(path, {"settings": settings, "evaluations": evaluations})
+    return evaluations
+
+
+def training(
+    options: EvidenceOptions, source: str, only: Mapping[str, str], name: str, seed: int, title: str
+) -> Run:
+    """A finished run of the recipe ``folder`` with one of :data:`VARIANTS`."""
+    from .tables import RUNNER
+
+    changes: dict[str, Any] = {
+        **VARIANTS[name],
+        "data": source,
+        "data_options": {**options.data_options, **only},
+        "backbone": options.cnn,
+        "weights": options.cnn_weights,
+        "pretrained": options.cnn_weights is None,
+        "multi": options.multi,
+        "seed": seed,
+        **options.changes,
+    }
+    if options.epochs is not None:
+        changes["epochs"] = options.epochs
+    folder = options.out / "runs" / slug(title) / slug(name) / f"seed{seed}"
+    return RUNNER.finished(folder, "folder", **changes)
