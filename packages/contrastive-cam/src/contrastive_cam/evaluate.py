@@ -342,10 +342,11 @@ def evaluate_command(arguments: list[str]) -> None:
                 f"--sweep-from {options.sweep_from}: no photo with a box in it; give --threshold"
             )
     localizer = Localizer(model, "model", rule)
+    cuts: list[Rule] = [cut for cut in further if cut is not None and cut != "zero"]
     result = evaluate_localizer(
         localizer,
         data,
-        rules=[cut for cut in further if cut not in (None, "zero")],
+        rules=cuts,
         sweep=options.oracle,
         psynet=options.psynet,
         **shared,

@@ -85,6 +85,8 @@ class FrozenMap(
         (torch.Size([2, 24, 4, 4]), torch.Size([2, 4, 4]))
     """
 
+    mean: Tensor
+
     def __init__(
         self,
         backbone: str = VIT,

@@ -597,7 +597,9 @@ class Journal:
 
     def add(self, batch: Batch, found: Sequence[Found], localizer: Localizer) -> None:
         """Write the heat maps and lines of a batch."""
-        lines = [{"source": str(batch.sources[i]), "error": error} for i, error in batch.errors.items()]
+        lines: list[dict[str, Any]] = [
+            {"source": str(batch.sources[i]), "error": error} for i, error in batch.errors.items()
+        ]
         preprocessing = localizer.model.preprocessing
         for (i, photo), one in zip(batch.photos, found):
             source = batch.sources[i]

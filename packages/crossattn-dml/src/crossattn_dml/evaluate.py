@@ -91,7 +91,9 @@ def embed_data(
             z = functional.normalize(u.to(torch.promote_types(u.dtype, torch.float32)), dim=1, eps=1e-12)
             parts.append((batch["index"].numpy(), z.float().cpu().numpy(), batch["labels"].numpy()))
     names = ("index", "z", "labels")
-    mine = dict(zip(names, map(np.concatenate, zip(*parts)))) if parts else {}
+    mine: dict[str, NDArray[Any]] = {}
+    if parts:
+        mine = dict(zip(names, map(np.concatenate, zip(*parts))))
     rows = gather_samples(accelerator, mine)
     if not np.isfinite(rows["z"]).all():
         raise InputError(

@@ -148,7 +148,7 @@ def train(config: DmlConfig, header: str = "", resume: bool = False, overwrite: 
     return Finished(result, finish_run(run, config, data, result))
 
 
-def save(training: ConditionalTraining, folder: Path) -> None:
+def save(training: Any, folder: Path) -> None:
     """The model folder, and the stack beside it, of weights that are still being trained."""
     training.save(folder)
 

@@ -69,7 +69,8 @@ def localizer_of(free: Free, make: Mapping[str, Any]) -> Localizer:
         make: arguments of :class:`FrozenMap`.
     """
     options: dict[str, Any] = {**make, "blocks": free.blocks, "layers": free.layers[:1]}
-    other = FrozenMap(**{**options, "layers": free.layers[1:]}) if free.method == "ddt+" else None
+    second: dict[str, Any] = {**options, "layers": free.layers[1:]}
+    other = FrozenMap(**second) if free.method == "ddt+" else None
     return Localizer(FrozenMap(**options), free.method, free.rule, other)
 
 
@@ -300,7 +301,8 @@ def evidence_command(arguments: list[str]) -> None:
     for folder in options.folders:
         source, _, chosen = folder.partition("#")
         only = {"classes": chosen} if chosen else {}
-        data = load_data(source, "all", **options.data_options, **only)
+        given: dict[str, Any] = {**options.data_options, **only}
+        data = load_data(source, "all", **given)
         title = chosen or data.name.rpartition(":")[2]
         floors: dict[str, dict[str, float]] = {}
         for name in options.methods:
