@@ -41,6 +41,7 @@ class TestResNet(OfThisPackage):
 
 class TestFrozenMap(ModelConformance):
     __test__ = True
+    learning_rate: ClassVar[float] = 0.1  # one linear unit is all that learns
 
     def make_model(self) -> FrozenMap:
         tiny = {"patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -132,15 +132,9 @@ class FrozenMap(
         self.weight = nn.Parameter(torch.full((channels,), 1 / channels))
         self.bias = nn.Parameter(torch.zeros(()))
 
-    def train(self, mode: bool = True) -> Self:
-        """Switch everything but the backbone, whose statistics do not move."""
-        super().train(mode)
-        self.backbone.eval()
-        return self
-
     def features(self, images: Tensor) -> Tensor:
-        """Descriptors ``(b, c, h, w)`` of ``images (b, 3, H, W)``, normalised; without gradient."""
-        with torch.no_grad():
+        """Descriptors ``(b, c, h, w)`` of ``images (b, 3, H, W)``, normalised; without gradient, in evaluation mode."""
+        with evaluating(self.backbone), torch.no_grad():
             if self.blocks:
                 maps = key_maps(self.backbone, images, self.blocks)
             elif self.layers:
@@ -262,6 +256,12 @@ def region_loss(P: Tensor, features: Tensor, *, decay: float = 0.25, gather: boo
             f"P {tuple(P.shape)} and features {tuple(features.shape)} with decay {decay}: expected (b, h, w) and "
             "(b, c, h, w) and 0 or more"
         )
+    precise = torch.promote_types(features.dtype, torch.float32)  # 1 minus a little is 1 in half precision
+    with torch.autocast(features.device.type, enabled=False):
+        return _region_loss(P.to(precise), features.to(precise), decay, gather)
+
+
+def _region_loss(P: Tensor, features: Tensor, decay: float, gather: bool) -> Tensor:
     weight = P.flatten(1).unsqueeze(1)
     rows = features.flatten(2)
     fg, bg = (unit((rows * m).sum(dim=2) / m.sum(dim=2).clamp_min(1e-8)) for m in (weight, 1 - weight))
