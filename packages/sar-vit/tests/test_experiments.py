@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from attnmap_core.errors import InputError
+from attnmap_core.experiments import paired_difference
 from attnmap_core.recipes import load_recipe
 from PIL import Image
 from sar_vit.cli import main
 from sar_vit.config import SarConfig
 from sar_vit.experiments import REPRODUCTIONS
 from sar_vit.experiments.cases import TABLES, Case, Training
-from sar_vit.experiments.evidence import paired_difference, table_rows
+from sar_vit.experiments.evidence import table_rows
 from sar_vit.experiments.figures import FIG_3
 from sar_vit.experiments.tables import RUNNER, full_size
 from scipy import stats

@@ -318,7 +318,7 @@ def evaluate_command(arguments: list[str]) -> None:
 
     options = cli.parse(EvaluateOptions, arguments, command="contrastive-cam evaluate")
     folder = cli.resolve_model(options.model)
-    further = [parse_rule(text) for text in options.rules]
+    further: list[Rule | None] = [parse_rule(text) for text in options.rules]
     rule = parse_rule(options.threshold)
     model = load_model(folder).to(cli.choose_device(options.device)).eval()
     source: dict[str, Any] = {**options.data_options}

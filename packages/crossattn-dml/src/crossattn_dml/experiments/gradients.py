@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from attnmap_core import cli
@@ -21,13 +21,15 @@ from attnmap_core.errors import InputError
 from attnmap_core.experiments import Run, RunOptions
 from attnmap_core.files import atomic_file
 from attnmap_core.pictures import save_picture
-from matplotlib.figure import Figure
 
 from ..config import DmlConfig
 from ..diagnostics import EDGES, GradientHistogram, gradient_histogram, token_gradients
 from ..samplers import make_sampler
 from ..train import build_training, train_images
 from .runs import BASELINE, METHOD, finished, scale_note, write_results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ARMS: dict[str, dict[str, Any]] = {"baseline": BASELINE, "method": METHOD}
 COLOURS = {"baseline": "#1f77b4", "method": "#d62728"}
@@ -157,6 +159,8 @@ def table_rows(
 
 def figure(found: Mapping[tuple[str, int], GradientHistogram], epochs: Sequence[int]) -> Figure:
     """A panel for each epoch: densities, baseline blue and method red, with their medians."""
+    from matplotlib.figure import Figure
+
     drawn = Figure(figsize=(6, 0.6 + 1.5 * len(epochs)), layout="constrained")
     panels = drawn.subplots(len(epochs), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     edges = np.asarray(EDGES)

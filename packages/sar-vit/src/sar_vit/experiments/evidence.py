@@ -16,7 +16,7 @@ import numpy as np
 from attnmap_core import cli
 from attnmap_core.data.sources import load_data
 from attnmap_core.errors import InputError
-from attnmap_core.experiments import Run, RunOptions, mean_and_deviation, write_results
+from attnmap_core.experiments import Run, RunOptions, mean_and_deviation, paired_difference, write_results
 from attnmap_core.pictures import save_picture
 
 from ..config import SarConfig
@@ -107,23 +107,6 @@ def table_rows(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> list[di
             )
         rows.append(line)
     return rows
-
-
-def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """Mean difference with its 95 % interval; without one for a single pair.
-
-    Example:
-        >>> paired_difference([61.0, 63.0, 65.0], [60.0, 60.0, 63.0])
-        '+2.0 [-0.5, +4.5]'
-    """
-    from scipy import stats
-
-    difference = np.subtract(ours, theirs)
-    mean = float(difference.mean())
-    if len(difference) < 2:
-        return f"{mean:+.1f}"
-    half = float(stats.t.ppf(0.975, len(difference) - 1) * difference.std(ddof=1) / np.sqrt(len(difference)))
-    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
 
 
 def _both(rows: Sequence[str]) -> bool:

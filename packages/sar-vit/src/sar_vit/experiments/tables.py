@@ -17,6 +17,7 @@ from typing import Any, Literal
 from attnmap_core import cli
 from attnmap_core.errors import InputError
 from attnmap_core.experiments import Run, Runner, RunOptions, mean_and_deviation, write_results
+from attnmap_core.hub import read_config
 from attnmap_core.pictures import line_plot, save_picture
 from attnmap_core.recipes import load_recipe
 
@@ -228,11 +229,14 @@ def scale_note(options: Options, configs: list[SarConfig]) -> str | None:
 
 
 def network(config: SarConfig) -> str:
-    """``vit (patch_size 8, embed_dim 64, depth 3)``."""
-    options = config.backbone_options
+    """``vit (patch_size 8, embed_dim 64, depth 3)``; of a run that starts with a model, that model's."""
+    backbone, options = config.backbone, config.backbone_options
+    if config.start is not None:
+        described: dict[str, Any] = read_config(config.start)["model"]
+        backbone, options = described["backbone"], described.get("backbone_options") or {}
     wanted = ("patch_size", "embed_dim", "depth", "num_heads")
     said = ", ".join(f"{name} {options[name]}" for name in wanted if name in options)
-    return f"{config.backbone} ({said})" if said else config.backbone
+    return f"{backbone} ({said})" if said else backbone
 
 
 def curve(rows: list[dict[str, Any]]) -> Any:
