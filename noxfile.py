@@ -100,6 +100,7 @@ def lowest(session: nox.Session) -> None:
     """Test with the lowest version that each package states of each dependency, on the lowest Python."""
     session.env["UV_RESOLUTION"] = "lowest-direct"
     install_tree(session, *FOLDERS)
+    session.install("setuptools>=70")  # the oldest Triton and inductor need it and do not say so
     session.run("uv", "pip", "list", external=True)
     pytest(session)
 

@@ -425,6 +425,7 @@ def test_gradient_checkpointing(name):
     assert len(net.sar) == 0
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="PyTorch 2.6 breaks the graph")
 @pytest.mark.parametrize(
     ("name", "whole"), [("ViT", True), ("ViT", False), ("DINOv3", False), ("Swin", True), ("PVT-v2", False)]
 )

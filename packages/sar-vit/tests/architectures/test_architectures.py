@@ -368,6 +368,8 @@ def test_checkpointing_runs_the_last_block_once(make, name, images):
 
 
 def test_compiles_as_one_graph(make, name, images):
+    if name.startswith("t2t") and torch.__version__.startswith("2.6."):
+        pytest.skip("PyTorch 2.6 breaks the graph of the performer")
     torch.compiler.reset()
     shallow = {"pvt_small": {"depths": (1, 1, 1, 1)}, "cvt_13": {"depths": (1, 1, 1)}}.get(name, {"depth": 1})
     model = make(name, last_block=SAR, drop_path_rate=0.1, **shallow)

