@@ -8,7 +8,6 @@ block's second norm.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -255,7 +254,7 @@ class SARViT(
         with torch.random.fork_rng(devices=[]):  # drawn weights that are replaced must not shift a training
             copied = type(self)(**fixed, img_size=size, labels=self.labels or None, threshold=self.threshold)
         copied.preprocessing = dataclasses.replace(self.preprocessing, size=size, resize=None, crop="none")
-        network = _state_at(self.backbone.model, copied.backbone.model, size)
+        network = _state_at(self.backbone.model, copied.backbone.model)
         copied.head.load_state_dict(self.head.state_dict())
         copied.backbone.model.load_state_dict(network)
         weight = next(self.parameters())
@@ -309,14 +308,22 @@ def _backbone(
     return Backbone(net, name, size)
 
 
-def _state_at(net: Any, fresh: Any, size: tuple[int, int]) -> dict[str, Tensor]:
-    """The weights of ``net`` as ``fresh``, the same network made for images of ``size``, holds them."""
+def _state_at(net: Any, fresh: Any) -> dict[str, Tensor]:
+    """The weights of ``net`` as ``fresh``, the same network made for images of another size, holds them."""
     if hasattr(net, "adapt_weights"):  # the architectures of this package
         return fresh.adapt_weights(net.state_dict())
+    state: dict[str, Tensor] = net.state_dict()
     if isinstance(getattr(net, "pos_embed", None), nn.Parameter) and hasattr(net, "set_input_size"):  # timm
-        net = copy.deepcopy(net)
-        net.set_input_size(img_size=size)
-    return net.state_dict()
+        from timm.layers import resample_abs_pos_embed
+
+        # By hand: set_input_size of older timm keeps the table of another grid with as many patches.
+        state["pos_embed"] = resample_abs_pos_embed(
+            net.pos_embed,
+            list(fresh.patch_embed.grid_size),
+            old_size=list(net.patch_embed.grid_size),
+            num_prefix_tokens=0 if net.no_embed_class else net.num_prefix_tokens,
+        )
+    return state
 
 
 def _stretched(maps: Tensor) -> Tensor:
