@@ -359,7 +359,7 @@ def test_class_map_moves_with_the_image(original: tuple[int, int], kind: str) ->
         else Preprocessing(size=(40, 48))
     )
     crops = {"random": "random", "random_resized": "random_resized", "whole": "none"}
-    transform = train_transform(pre, crop=crops[kind]) if kind in crops else eval_transform(pre)  # type: ignore[arg-type]
+    transform = train_transform(pre, crop=crops[kind]) if kind in crops else eval_transform(pre)
     for seed in range(6):
         torch.manual_seed(seed)
         alone = transform(image)

@@ -155,14 +155,14 @@ def test_jaccard_of_several_images() -> None:
     each = [jaccard_best_head(attention[i], target[i]) for i in range(4)]
     np.testing.assert_array_equal(found, each)
     assert np.isnan(each).tolist() == [False, False, True, False]
-    assert jaccard_best_head(attention[:0], target[:0]).shape == (0,)  # type: ignore[union-attr]
+    assert jaccard_best_head(attention[:0], target[:0]).shape == (0,)
 
 
 def test_jaccard_of_heads_that_see_nothing() -> None:
     target = np.full((4, 4), 3)
     assert jaccard_best_head(np.zeros((2, 4)), target) == 0.0
     assert jaccard_best_head([[0, 0, 0, 0], [1, 1, 1, 1]], target, 1.0) == 1.0
-    assert math.isnan(jaccard_best_head(np.ones((2, 4)), np.full((4, 4), 255), exclude_void=True))  # type: ignore[arg-type]
+    assert math.isnan(jaccard_best_head(np.ones((2, 4)), np.full((4, 4), 255), exclude_void=True))
 
 
 @pytest.mark.parametrize(

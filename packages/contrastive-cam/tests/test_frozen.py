@@ -28,10 +28,14 @@ def photos(count: int = 12) -> torch.Tensor:
 
 
 def reference(P: np.ndarray, F: np.ndarray, decay: float) -> float:
+    def mean(m: np.ndarray, f: np.ndarray) -> np.ndarray:
+        return (f * m).sum((1, 2)) / m.sum()
+
+    def s(x: np.ndarray, y: np.ndarray) -> float:
+        return (1 + x @ y / np.linalg.norm(x) / np.linalg.norm(y)) / 2
+
     b = len(P)
-    mean = lambda m, f: (f * m).sum((1, 2)) / m.sum()  # noqa: E731
     fg, bg = [mean(P[i], F[i]) for i in range(b)], [mean(1 - P[i], F[i]) for i in range(b)]
-    s = lambda x, y: (1 + x @ y / np.linalg.norm(x) / np.linalg.norm(y)) / 2  # noqa: E731
     loss = -np.mean([np.log(1 - s(fg[i], bg[j])) for i in range(b) for j in range(b)])
     for side in (fg, bg):
         total = 0.0

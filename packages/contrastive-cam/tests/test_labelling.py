@@ -264,9 +264,9 @@ def test_odd_folders_work_and_warn(photos, tmp_path, weights):
 
 def test_nothing_stands_out(tmp_path, weights, monkeypatch):
     draw(tmp_path / "photos" / "a.png", 0)
-    flat = lambda self, features: torch.ones(len(features), 8, 8)  # noqa: E731
     monkeypatch.setattr(
-        "contrastive_cam.localizers.Localizer._scores", lambda self, model, features: flat(self, features)
+        "contrastive_cam.localizers.Localizer._scores",
+        lambda self, model, features: torch.ones(len(features), 8, 8),
     )
     assert label(tmp_path / "photos", tmp_path / "out", weights) == 0
     [line] = lines_of(tmp_path / "out")

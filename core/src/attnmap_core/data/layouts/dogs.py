@@ -26,7 +26,7 @@ def list_dogs(root: Path) -> Listing:
     """List ``Images/`` and ``Annotation/`` by ``train_list.mat`` and ``test_list.mat``.
 
     The lists name photos, annotations (XML without a suffix) and classes; what an XML file says about its photo's name
-    is left aside, since it may be a placeholder. Boxes, one or more a photo, are taken as written.
+    is not read: it need not be right. Boxes, one or more a photo, are taken as written.
 
     Args:
         root: the folder with these; the lists may be in ``lists`` below it.

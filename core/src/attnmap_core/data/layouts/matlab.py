@@ -34,7 +34,7 @@ def read_mat(path: Path, names: Sequence[str], *, squeeze: bool = True) -> list[
         TypeError,
         KeyError,
         IndexError,  # of older SciPy, for a file shorter than a header
-        NotImplementedError,
+        NotImplementedError,  # for files of version 7.3, which SciPy does not read
     ) as error:
         raise InputError(
             f"{path}: expected a MATLAB file with {' and '.join(names)} ({error}); get it again"
