@@ -10,7 +10,7 @@ import pytest
 import torch
 from attnmap_core.backbones import create_backbone
 from contrastive_cam.cli import main
-from contrastive_cam.experiments import REPRODUCTIONS, compare
+from contrastive_cam.experiments import REPRODUCTIONS, compare, search
 from contrastive_cam.experiments.compare import Free
 from contrastive_cam.published import FULL, TABLE_1, TABLE_2, TABLE_3
 from PIL import Image
@@ -113,7 +113,7 @@ def networks(tmp_path, monkeypatch) -> list[str]:
         {
             "mean": Free("mean", "cnn"),
             "DDT+": Free("ddt+", "cnn", ("blocks.5", "blocks.4")),
-            "region": Free("region", "vit", blocks=(-1,), drawn=True),
+            "region": Free("region", "vit", blocks=(-1,)),
             "LOST": Free("lost", "vit", blocks=(-1,)),
         },
     )
@@ -186,6 +186,29 @@ def test_evidence_keeps_what_is_measured(networks, photos, tmp_path, monkeypatch
     assert again["rows"] == first["rows"]
     [run] = (out / "runs").glob("*/*/seed0")
     assert (run / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_search_measures_every_form_once_and_names_the_best(networks, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "FEATURES", {"ViT, last block": ("vit", {"blocks": (-1,)})})
+    out = tmp_path / "search"
+    arguments = ["reproduce", "search", *photos, "--seeds", "0", "1", "--out", str(out), *networks]
+    arguments += ["--sizes", "64"]
+    assert main(arguments) == 0
+    first = json.loads((out / "table.json").read_text())
+    assert [(row["method"], row["cut"]) for row in first["rows"][:3]] == [
+        ("DDT", "zero"),
+        ("DDT", "otsu"),
+        ("DDT", "0.5"),
+    ]
+    assert len(first["rows"]) == 12
+    for kind in ("DDT", "region"):
+        [best] = [row for row in first["rows"] if row["best"] == f"ViT {kind}"]
+        assert best["mean"] == max(row["mean"] for row in first["rows"] if row["method"].startswith(kind))
+    monkeypatch.setattr(compare, "measured", None)  # would fail if it were measured again
+    assert main(arguments) == 0
+    assert json.loads((out / "table.json").read_text())["rows"] == first["rows"]
+    assert main([*arguments, "--folders"]) == 2
 
 
 def test_every_name_is_listed(capsys):

@@ -39,6 +39,10 @@ REPRODUCTIONS: dict[str, Reproduction] = {
         summary="all training-free methods on one data set or folder with boxes",
         run=_lazily("compare", "compare_command"),
     ),
+    "search": Reproduction(
+        summary="forms of the region unit beside DDT, on folders that the evidence does not report",
+        run=_lazily("search", "search_command"),
+    ),
     "evidence": Reproduction(
         summary="real photos: trained and training-free methods and floors, seed by seed",
         run=_lazily("compare", "evidence_command"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Free:
         layers: of the CNN; its last map where empty.
         blocks: of the ViT, whose keys are read.
         rule: the cut; the method's own where None.
-        drawn: whether the seed matters.
+        equivariance: of the region unit, see :func:`contrastive_cam.frozen.fit_region`.
     """
 
     method: Method
@@ -44,7 +45,12 @@ class Free:
     layers: tuple[str, ...] = ()
     blocks: tuple[int, ...] = ()
     rule: Rule | None = None
-    drawn: bool = False
+    equivariance: float = 1.0
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the seed matters."""
+        return self.method == "region"
 
 
 FREE: dict[str, Free] = {
@@ -52,11 +58,11 @@ FREE: dict[str, Free] = {
     "CNN SCDA": Free("scda", "cnn"),
     "CNN DDT": Free("ddt", "cnn", ("blocks.5",)),
     "CNN DDT+": Free("ddt+", "cnn", ("blocks.5", "blocks.4")),
-    "CNN region unit": Free("region", "cnn", ("blocks.5",), drawn=True),
+    "CNN region unit": Free("region", "cnn", ("blocks.5",)),
     "ViT LOST": Free("lost", "vit", blocks=(-1,)),
     "ViT DDT, last block": Free("ddt", "vit", blocks=(-1,)),
     "ViT DDT, three blocks": Free("ddt", "vit", blocks=(-3, -2, -1)),
-    "ViT region unit": Free("region", "vit", blocks=(-3, -2, -1), drawn=True),
+    "ViT region unit": Free("region", "vit", blocks=(-3, -2, -1)),
 }
 """What is compared: networks of ImageNet, whatever else is said."""
 
@@ -82,14 +88,13 @@ def batches(data: ImageData, localizer: Localizer, batch_size: int, workers: int
 
 
 def fitted(
-    localizer: Localizer, data: ImageData, device: str, *, seed: int = 0, batch_size: int = 32
+    localizer: Localizer, data: ImageData, device: str, *, batch_size: int = 32, **region: Any
 ) -> Localizer:
-    """A localizer that has seen all photos of a data set."""
+    """A localizer that has seen all photos; ``region`` goes to :func:`contrastive_cam.frozen.fit_region`."""
     for model in (localizer.model, localizer.other):
         if model is not None:
             model.to(device).eval()
-    options = {"seed": seed} if localizer.method == "region" else {}
-    localizer.fit(batches(data, localizer, batch_size), **options)
+    localizer.fit(batches(data, localizer, batch_size), **(region if localizer.method == "region" else {}))
     return localizer
 
 
@@ -169,7 +174,7 @@ class CompareOptions:
     """Folder of the table."""
 
 
-def networks(options: Any) -> dict[str, dict[str, Any]]:
+def networks(options: CompareOptions) -> dict[str, dict[str, Any]]:
     """How the two networks of the table are made, by ``"vit"`` and ``"cnn"``."""
     shared: dict[str, Any] = {"img_size": options.image_size, "last_stage": "timm"}
     vit = shared | {
@@ -198,17 +203,32 @@ def check_rows(rows: Sequence[str]) -> None:
 
 
 def measured(
-    free: Free, make: Mapping[str, Any], data: ImageData, options: Any, seeds: Sequence[int], multi: Multi
+    free: Free,
+    make: Mapping[str, Any],
+    data: ImageData,
+    options: CompareOptions,
+    *,
+    rules: Sequence[Rule] = ("otsu",),
 ) -> list[Evaluation]:
-    """A method fitted to all photos of a data set and scored on them; once a seed where the seed matters."""
+    """A method fitted to all photos of a data set and scored on them; once a seed where the seed matters.
+
+    Raises:
+        InputError: if no photo has a known box.
+    """
     localizer = localizer_of(free, make)
     device = cli.choose_device(options.device)
     found: list[Evaluation] = []
-    for seed in seeds if free.drawn else seeds[:1]:
-        fitted(localizer, data, device, seed=seed, batch_size=options.batch_size)
-        found.append(
-            evaluate_localizer(localizer, data, rules=["otsu"], multi=multi, batch_size=options.batch_size)
+    for seed in options.seeds if free.drawn else options.seeds[:1]:
+        fitted(
+            localizer, data, device, batch_size=options.batch_size, seed=seed, equivariance=free.equivariance
         )
+        found.append(
+            evaluate_localizer(
+                localizer, data, rules=rules, multi=options.multi, batch_size=options.batch_size
+            )
+        )
+        if not found[0].own.rows:
+            raise InputError(f"{data.name}, {data.split}: no photo with a known box; give data with boxes")
     return found
 
 
@@ -225,9 +245,7 @@ def compare_command(arguments: list[str]) -> None:
     floors: dict[str, dict[str, float]] = {}
     for name in options.methods:
         free = FREE[name]
-        several = measured(free, make[free.network], data, options, options.seeds, options.multi)
-        if not several[0].own.rows:
-            raise InputError(f"{data.name}, {data.split}: no photo with a known box; nothing to compare")
+        several = measured(free, make[free.network], data, options)
         found = mean_and_deviation([one.metrics() for one in several], METRICS)
         rows.append(
             {"method": name, "cut": several[0].rule}
@@ -253,13 +271,21 @@ def compare_command(arguments: list[str]) -> None:
 # --- Evidence ----------------------------------------------------------------------------------------------------
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "CNN rotation (PsyNet)": {"contrastive_weight": 0.0, "pooling": "avg", "gate": "none"},
-    "CNN + PTAP": {"contrastive_weight": 0.0},
-    "CNN + contrastive maps": {"pooling": "avg", "gate": "none", "negatives": "batch"},
-    "CNN + both": {"negatives": "batch"},
-    "CNN + PTAP, maps without negatives": {"negatives": "none"},
+    "rotation (PsyNet)": {"contrastive_weight": 0.0, "pooling": "avg", "gate": "none"},
+    "+ PTAP": {"contrastive_weight": 0.0},
+    "+ contrastive maps": {"pooling": "avg", "gate": "none", "negatives": "batch"},
+    "+ both": {"negatives": "batch"},
+    "+ PTAP, maps without negatives": {"negatives": "none"},
 }
-"""Trainings of the recipe ``folder``, as changes to it."""
+"""Trainings, as changes to a recipe."""
+RECIPES = {"CNN": "folder", "ViT": "folder-vit"}
+"""Recipes of the trainings, by network."""
+TRAININGS = {
+    f"{net} {name}": (recipe, changes)
+    for net, recipe in RECIPES.items()
+    for name, changes in VARIANTS.items()
+}
+"""Recipe and changes of each row that is trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,8 +298,8 @@ class EvidenceOptions(CompareOptions):
 
     folders: tuple[str, ...] = ()
     """Data sources with boxes, each of one kind of thing."""
-    trainings: tuple[str, ...] = tuple(VARIANTS)
-    """Trainings of the CNN."""
+    trainings: tuple[str, ...] = tuple(TRAININGS)
+    """Rows that are trained."""
     epochs: int | None = None
     """Of each training; the recipe's own where not given."""
     changes: dict[str, bool | int | float | str] = field(default_factory=dict[str, bool | int | float | str])
@@ -289,8 +315,8 @@ def evidence_command(arguments: list[str]) -> None:
     options = cli.parse(EvidenceOptions, arguments, command="contrastive-cam reproduce evidence")
     check_rows(options.methods)
     for name in options.trainings:
-        if name not in VARIANTS:
-            raise InputError(f"{name}: no such training; known: {'; '.join(VARIANTS)}")
+        if name not in TRAININGS:
+            raise InputError(f"{name}: no such training; known: {'; '.join(TRAININGS)}")
     if not options.folders or not options.seeds:
         raise InputError(
             "--folders and --seeds: expected one or more of each, such as --folders voc:PHOTOS --seeds 0"
@@ -299,14 +325,11 @@ def evidence_command(arguments: list[str]) -> None:
     rows: list[dict[str, Any]] = []
     records: list[dict[str, Any]] = []
     for folder in options.folders:
-        source, _, chosen = folder.partition("#")
-        only = {"classes": chosen} if chosen else {}
-        given: dict[str, Any] = {**options.data_options, **only}
-        data = load_data(source, "all", **given)
-        title = chosen or data.name.rpartition(":")[2]
+        source, only, data, title = open_folder(options, folder)
         floors: dict[str, dict[str, float]] = {}
         for name in options.methods:
-            several = kept_rows(options, title, name, data, make)
+            path = options.out / "free" / slug(title) / f"{slug(name)}.json"
+            several = kept_rows(options, path, FREE[name], data, make)
             floors = several[0]["floors"]
             rows.append(_row(title, name, [one["metrics"] for one in several], several[0]["rule"]))
             records += [
@@ -335,6 +358,15 @@ def evidence_command(arguments: list[str]) -> None:
     )
 
 
+def open_folder(options: CompareOptions, folder: str) -> tuple[str, dict[str, str], ImageData, str]:
+    """Source, options of the class, photos and title of one of ``--folders``, such as ``caltech101:PATH#kangaroo``."""
+    source, _, chosen = folder.partition("#")
+    only = {"classes": chosen} if chosen else {}
+    given: dict[str, Any] = {**options.data_options, **only}
+    data = load_data(source, "all", **given)
+    return source, only, data, chosen or data.name.rpartition(":")[2]
+
+
 def _row(folder: str, name: str, several: Sequence[Mapping[str, float]], rule: str) -> dict[str, Any]:
     found = mean_and_deviation(several, METRICS)
     return {"folder": folder, "method": name, "cut": rule} | {
@@ -354,25 +386,30 @@ def slug(name: str) -> str:
 
 
 def kept_rows(
-    options: EvidenceOptions, title: str, name: str, data: ImageData, make: Mapping[str, Mapping[str, Any]]
+    options: CompareOptions,
+    path: Path,
+    free: Free,
+    data: ImageData,
+    make: Mapping[str, Mapping[str, Any]],
+    *,
+    rules: Sequence[Rule] = ("otsu",),
 ) -> list[dict[str, Any]]:
-    """Evaluations of a training-free row as plain values, measured once and then read."""
-    path = options.out / "free" / slug(title) / f"{slug(name)}.json"
-    settings = {
-        "network": getattr(options, FREE[name].network),
-        "image_size": options.image_size,
+    """Evaluations of a training-free method as plain values, measured once, written to ``path``, and then read."""
+    settings: Any = {
+        "free": asdict(free),
+        "network": getattr(options, free.network),
+        "image_size": make[free.network]["img_size"],
         "multi": options.multi,
         "photos": len(data),
-        "seeds": list(options.seeds) if FREE[name].drawn else [],
+        "rules": list(rules),
+        "seeds": list(options.seeds if free.drawn else options.seeds[:1]),
     }
+    settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     if path.is_file():
         kept = read_json(path)
         if kept["settings"] == settings:
             return kept["evaluations"]
-    free = FREE[name]
-    found = measured(free, make[free.network], data, options, options.seeds, options.multi)
-    if not found[0].own.rows:
-        raise InputError(f"{data.name}: no photo with a known box; give folders with boxes")
+    found = measured(free, make[free.network], data, options, rules=rules)
     evaluations = [one.to_json() for one in found]
     write_json(path, {"settings": settings, "evaluations": evaluations})
     return evaluations
@@ -381,16 +418,19 @@ def kept_rows(
 def training(
     options: EvidenceOptions, source: str, only: Mapping[str, str], name: str, seed: int, title: str
 ) -> Run:
-    """A finished run of the recipe ``folder`` with one of :data:`VARIANTS`."""
+    """A finished run of one of :data:`TRAININGS`."""
     from .tables import RUNNER
 
+    recipe, variant = TRAININGS[name]
+    net = name.split()[0].lower()
+    weights = getattr(options, f"{net}_weights")
     changes: dict[str, Any] = {
-        **VARIANTS[name],
+        **variant,
         "data": source,
         "data_options": {**options.data_options, **only},
-        "backbone": options.cnn,
-        "weights": options.cnn_weights,
-        "pretrained": options.cnn_weights is None,
+        "backbone": getattr(options, net),
+        "weights": weights,
+        "pretrained": weights is None,
         "multi": options.multi,
         "seed": seed,
         **options.changes,
@@ -398,4 +438,4 @@ def training(
     if options.epochs is not None:
         changes["epochs"] = options.epochs
     folder = options.out / "runs" / slug(title) / slug(name) / f"seed{seed}"
-    return RUNNER.finished(folder, "folder", **changes)
+    return RUNNER.finished(folder, recipe, **changes)
