@@ -3,6 +3,8 @@
 The peers are *topk*, ``torch.topk`` over the channels, which anyone would write first; *unsorted*, the same on a
 channel-last copy without sorting, the cheap fix; *sort*; *kthvalue*, a threshold by ``torch.kthvalue``; and *plain
 torch*, the form of this library that serves devices without a kernel. For scale: *mean*, which reads the input once.
+At the end whole training steps: the full method on photos and their transformed copies, against *PsyNet* on as many
+images.
 
 Values and gradients are compared in float64 first, on features without equal values: where values tie, the gradient of
 ``torch.topk`` depends on chance. The candidates take turns within a round; times are milliseconds, the median over the
@@ -25,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contrastive_cam import ptap
+from contrastive_cam import ContrastiveCAM, ptap
 from contrastive_cam.pooling import kept_channels, plain_pool
+from contrastive_cam.task import ColocalizationTask
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results" / "ptap.json"
@@ -142,6 +145,21 @@ def both_ways(pool: Pool, F: Tensor, ratio: float) -> None:
     torch.autograd.grad(A, F, torch.ones_like(A))
 
 
+def training_step(photos: int, task: ColocalizationTask, **options: Any) -> Callable[[], None]:
+    """A step on SE-ResNet50 at 224 pixels, from drawing the transformations to the weights' update."""
+    torch.manual_seed(0)
+    model = ContrastiveCAM(**options).to(DEVICE).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
+    images = torch.randn(photos, 3, 224, 224, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        task(model, {"images": images})["loss"].backward()
+        optimizer.step()
+
+    return step
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="the median of so many is reported")
@@ -211,6 +229,18 @@ def main(arguments: list[str] | None = None) -> int:
                         {"subject": "ptap", "case": f"saved for backward, {case}", "share_of_input": share}
                     )
                     goals.append((f"saved for backward, {case}, of the input", share, 1.1, False))
+
+    photos = 4 if DEVICE.type == "cpu" else 32
+    ms = in_turns(
+        {
+            "full": training_step(photos, ColocalizationTask()),
+            "PsyNet": training_step(2 * photos, ColocalizationTask(weight=0), gate="none", pooling="avg"),
+        },
+        2 if options.quick else options.rounds,
+    )
+    case = f"training step, SE-ResNet50, {2 * photos} images"
+    reached = row(case, ms["full"], "PsyNet", ms["PsyNet"])
+    goals.append((f"{case}, of PsyNet's", 1 / reached, 1.1, False))
 
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -13,6 +13,7 @@ linear unit, together with equivariance to quarter turns, is our own design.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -169,6 +170,25 @@ class FrozenMap(
         self.mean.copy_(ddt.mean)
         self.weight.copy_(ddt.component)
         self.bias.zero_()
+
+
+def normalised(
+    model: FrozenMap, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> FrozenMap:
+    """A model whose photos are normalised as its weights need, where that is not what timm says of the network.
+
+    Args:
+        model: changed in place.
+        mean, std: per channel; left as they are where not given.
+
+    Example:
+        >>> tiny = {"patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 3}
+        >>> normalised(FrozenMap("vit", img_size=32, backbone_options=tiny), mean=(0.5, 0.5, 0.5)).preprocessing.mean
+        (0.5, 0.5, 0.5)
+    """
+    given = {name: tuple(value) for name, value in (("mean", mean), ("std", std)) if value is not None}
+    model.preprocessing = dataclasses.replace(model.preprocessing, **given)
+    return model
 
 
 # --- Closed form -----------------------------------------------------------------------------------

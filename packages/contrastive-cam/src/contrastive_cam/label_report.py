@@ -14,7 +14,7 @@ from attnmap_core.report import MOST_TILES, THUMBNAIL, Gallery, Report, Table, T
 from numpy.typing import NDArray
 from PIL import Image
 
-from .localizers import DOUBTFUL, METHODS, SIGNS, Localizer
+from .localizers import METHODS, SIGNS, Localizer, doubtful
 
 Tables = Sequence[tuple[str, list[dict[str, Any]]]]
 
@@ -47,7 +47,8 @@ def write_label_report(
         Path of the page.
     """
     ranked = sorted(lines, key=lambda line: (line["confidence"], line["source"]))
-    few = sum(line["confidence"] < DOUBTFUL for line in ranked)
+    confidence = np.array([line["confidence"] for line in ranked])
+    few = int(doubtful(confidence).sum())
     first, sure = ranked[: MOST_TILES - 12], ranked[MOST_TILES - 12 :]
     some = [sure[i] for i in np.linspace(0, len(sure) - 1, min(12, len(sure))).astype(int)]
     galleries = [
@@ -65,7 +66,6 @@ def write_label_report(
             Gallery(title="A few of the others", tiles=[_tile(folder, line, truth) for line in some])
         )
     empty = sum(line["box"] is None for line in lines)
-    confidence = np.array([line["confidence"] for line in lines])
     counts, edges = np.histogram(confidence, bins=10, range=(0, 1))
     shares = [
         {"confidence": f"{low:.1f} to {low + 0.1:.1f}", "photos": int(count)}
@@ -75,7 +75,7 @@ def write_label_report(
     report = Report(
         title=f"{len(lines)} photos, a box each",
         summary=f"{METHODS[localizer.method]}; {localizer.model.backbone.name}, heat maps cut at {localizer.rule}. "
-        f"{few} boxes are worth a look (confidence below {DOUBTFUL:g}); {empty} photos have none.",
+        f"{few} are worth a look, the least sure; {empty} photos have no box.",
         tables=[Table(title=title, rows=rows) for title, rows in tables]
         + [Table(title="Confidence", rows=shares)],
         galleries=galleries,

@@ -39,9 +39,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .evaluate import floor_protocols, shown
-from .frozen import VIT, FrozenMap
+from .frozen import VIT, FrozenMap, normalised
 from .inference import CorLocProtocol, parse_rule
-from .localizers import DOUBTFUL, Found, Localizer
+from .localizers import Found, Localizer, doubtful
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,10 @@ class LabelOptions:
         default_factory=dict[str, bool | int | float | str]
     )
     """Of the backbone, such as --backbone-options.output_stride 16 for a MobileNet."""
+    mean: tuple[float, float, float] | None = None
+    """Per-channel mean of photos in [0, 1] that the weights expect; timm's of the backbone where not given."""
+    std: tuple[float, float, float] | None = None
+    """Per-channel standard deviation, likewise."""
     blocks: tuple[int, ...] = ()
     """Blocks of a ViT whose keys are read; the last three where not given."""
     layers: tuple[str, ...] = ()
@@ -216,8 +220,10 @@ def label_folder(options: LabelOptions, *, command: str = "") -> Path:
     skipped = [line for line in lines if "error" in line]
     for line in skipped:
         logger.warning("skipped %s", line["error"])
-    doubtful = sum(line["confidence"] < DOUBTFUL for line in found)
-    logger.info("%d photos labelled, %d worth a look (confidence below %g)", len(found), doubtful, DOUBTFUL)
+    few = int(doubtful([line["confidence"] for line in found]).sum())
+    logger.info(
+        "%d photos labelled, %d worth a look: the least sure come first in the report", len(found), few
+    )
     return write_label_report(
         folder, localizer, found, skipped, notes, tables, truth or {}, run_record(options.seed), command
     )
@@ -311,7 +317,7 @@ def network_of(options: LabelOptions) -> Any:
     if wants_keys:
         blocks = (-1,) if options.method == "lost" else (-3, -2, -1)
     try:
-        return FrozenMap(
+        model = FrozenMap(
             options.backbone,
             options.image_size,
             blocks=blocks,
@@ -326,6 +332,7 @@ def network_of(options: LabelOptions) -> Any:
         )
     except ValueError as error:
         raise InputError(f"--blocks and --layers: {error}") from error
+    return normalised(model, options.mean, options.std)
 
 
 def is_vit(name: str) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..config import ContrastiveConfig
 from ..evaluate import METRIC_NAMES, Evaluation, evaluate_localizer
-from ..frozen import VIT, FrozenMap
+from ..frozen import VIT, FrozenMap, normalised
 from ..inference import Multi
 from ..localizers import Localizer, Method, Rule
 
@@ -72,12 +72,16 @@ def localizer_of(free: Free, make: Mapping[str, Any]) -> Localizer:
 
     Args:
         free: the method.
-        make: arguments of :class:`FrozenMap`.
+        make: arguments of :class:`FrozenMap`, and ``mean`` and ``std`` of :func:`contrastive_cam.frozen.normalised`.
     """
-    options: dict[str, Any] = {**make, "blocks": free.blocks, "layers": free.layers[:1]}
-    second: dict[str, Any] = {**options, "layers": free.layers[1:]}
-    other = FrozenMap(**second) if free.method == "ddt+" else None
-    return Localizer(FrozenMap(**options), free.method, free.rule, other)
+    options = dict(make)
+    mean, std = options.pop("mean", None), options.pop("std", None)
+
+    def frozen(layers: tuple[str, ...]) -> FrozenMap:
+        return normalised(FrozenMap(blocks=free.blocks, layers=layers, **options), mean, std)
+
+    other = frozen(free.layers[1:]) if free.method == "ddt+" else None
+    return Localizer(frozen(free.layers[:1]), free.method, free.rule, other)
 
 
 def batches(data: ImageData, localizer: Localizer, batch_size: int, workers: int = 0) -> Iterator[Tensor]:
@@ -158,6 +162,14 @@ class CompareOptions:
     """timm name of the CNN; the layers of the table are MobileNetV2's."""
     cnn_weights: str | None = None
     """Local file of its weights; downloaded where not given."""
+    cnn_options: dict[str, bool | int | float | str] = field(
+        default_factory=dict[str, bool | int | float | str]
+    )
+    """Of the CNN besides output_stride 16, such as --cnn-options.pad_type same for weights from TensorFlow."""
+    cnn_mean: tuple[float, float, float] | None = None
+    """Per-channel mean that its weights expect; timm's of the network where not given."""
+    cnn_std: tuple[float, float, float] | None = None
+    """Per-channel standard deviation, likewise."""
     image_size: int = 224
     """Side of the square input of both, in pixels."""
     methods: tuple[str, ...] = tuple(FREE)
@@ -186,7 +198,9 @@ def networks(options: CompareOptions) -> dict[str, dict[str, Any]]:
         "backbone": options.cnn,
         "weights": options.cnn_weights,
         "pretrained": options.cnn_weights is None,
-        "backbone_options": {"output_stride": 16},
+        "backbone_options": {"output_stride": 16, **options.cnn_options},
+        "mean": options.cnn_mean,
+        "std": options.cnn_std,
     }
     return {"vit": vit, "cnn": cnn}
 
@@ -397,8 +411,7 @@ def kept_rows(
     """Evaluations of a training-free method as plain values, measured once, written to ``path``, and then read."""
     settings: Any = {
         "free": asdict(free),
-        "network": getattr(options, free.network),
-        "image_size": make[free.network]["img_size"],
+        "network": {key: value for key, value in make[free.network].items() if key != "weights"},
         "multi": options.multi,
         "photos": len(data),
         "rules": list(rules),
@@ -423,14 +436,15 @@ def training(
 
     recipe, variant = TRAININGS[name]
     net = name.split()[0].lower()
-    weights = getattr(options, f"{net}_weights")
+    made = networks(options)[net]
     changes: dict[str, Any] = {
         **variant,
         "data": source,
         "data_options": {**options.data_options, **only},
-        "backbone": getattr(options, net),
-        "weights": weights,
-        "pretrained": weights is None,
+        **{
+            key: made[key] for key in ("backbone", "weights", "pretrained", "backbone_options") if key in made
+        },
+        **{key: made[key] for key in ("mean", "std") if made.get(key) is not None},
         "multi": options.multi,
         "seed": seed,
         **options.changes,
