@@ -237,6 +237,13 @@ def test_every_recipe_can_be_read_and_describes_itself():
             assert build_model(config).labels == [config.name]
 
 
+def test_a_rate_of_the_gate_stops_no_run_without_a_gate(tmp_path):
+    more = ["--gate", "none", "--lr-scales.gate.*", "10", "--lr-scales.heads.*", "10", "--epochs", "1"]
+    assert main(small("tiny-contrastive", tmp_path / "run", *more)) == 0
+    [epoch] = [line for line in history(tmp_path / "run") if line["kind"] == "epoch"]
+    assert epoch["contrastive"] > 0
+
+
 def test_freeze_by_name():
     config = load_recipe(
         "contrastive_cam", "tiny-contrastive", ContrastiveConfig, {"freeze": ["backbone.model.layer1.*"]}

@@ -179,8 +179,11 @@ def train(
         for split in splits
     }
     loop = config
+    if config.gate == "none":  # a recipe's rates for the gate must not stop a run without one
+        scales = {name: scale for name, scale in config.lr_scales.items() if not name.startswith("gate.")}
+        loop = dataclasses.replace(config, lr_scales=scales)
     if config.select_on == "last" or config.select_by == "last":
-        loop = dataclasses.replace(config, select_by="last" if config.select_on == "last" else "corloc_mean")
+        loop = dataclasses.replace(loop, select_by="last" if config.select_on == "last" else "corloc_mean")
     model, task = build_model(config), build_task(config)
     transform = TrainTransform(model.preprocessing, config.resize, config.crop_padding)
     prepare_run(run, config, header, "contrastive-cam", resume=resume, overwrite=overwrite)
