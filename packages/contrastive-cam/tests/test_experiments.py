@@ -139,6 +139,8 @@ def test_compare_has_every_method_and_floor(networks, tmp_path):
     assert {"mean", "DDT+", "region", "LOST", "floor: centred box 80 %"} <= rows.keys()
     assert rows["region"]["CorLoc 0.5"]["n"] == 2
     assert rows["mean"]["CorLoc 0.5"]["n"] == 1
+    with Image.open(out / "compare.png") as picture:  # a row of photos, then one for each method
+        assert picture.height > 5 * 100
 
 
 @pytest.fixture

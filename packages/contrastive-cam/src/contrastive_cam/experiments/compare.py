@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from attnmap_core import cli
 from attnmap_core.data.loaders import eval_loader, samples_of
 from attnmap_core.data.sources import ImageData, load_data
@@ -15,6 +17,7 @@ from attnmap_core.data.transforms import eval_transform
 from attnmap_core.errors import InputError
 from attnmap_core.experiments import Run, mean_and_deviation, write_results
 from attnmap_core.files import read_json, write_json
+from attnmap_core.pictures import picture_grid, save_picture
 from torch import Tensor
 
 from ..config import ContrastiveConfig
@@ -22,9 +25,12 @@ from ..evaluate import METRIC_NAMES, Evaluation, evaluate_localizer
 from ..frozen import VIT, FrozenMap, normalised
 from ..inference import Multi
 from ..localizers import Localizer, Method, Rule
+from ..pictures import shown_photo
 
 CNN = "mobilenetv2_100"
 METRICS = tuple(METRIC_NAMES)
+PICTURED = 6
+"""Photos in the picture of ``compare``."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +189,7 @@ class CompareOptions:
     device: str = "auto"
     """cpu, cuda, mps or auto."""
     out: Path = Path("runs/compare")
-    """Folder of the table."""
+    """Folder of the table and, of ``compare``, the picture."""
 
 
 def networks(options: CompareOptions) -> dict[str, dict[str, Any]]:
@@ -223,8 +229,11 @@ def measured(
     options: CompareOptions,
     *,
     rules: Sequence[Rule] = ("otsu",),
-) -> list[Evaluation]:
+) -> tuple[Localizer, list[Evaluation]]:
     """A method fitted to all photos of a data set and scored on them; once a seed where the seed matters.
+
+    Returns:
+        The method as it was fitted last, and a score for each seed.
 
     Raises:
         InputError: if no photo has a known box.
@@ -243,7 +252,7 @@ def measured(
         )
         if not found[0].own.rows:
             raise InputError(f"{data.name}, {data.split}: no photo with a known box; give data with boxes")
-    return found
+    return localizer, found
 
 
 def compare_command(arguments: list[str]) -> None:
@@ -257,9 +266,12 @@ def compare_command(arguments: list[str]) -> None:
     make = networks(options)
     rows: list[dict[str, Any]] = []
     floors: dict[str, dict[str, float]] = {}
+    some = np.linspace(0, len(data) - 1, min(PICTURED, len(data))).astype(int).tolist()
+    pictures = [[data[i].image for i in some]]
     for name in options.methods:
         free = FREE[name]
-        several = measured(free, make[free.network], data, options)
+        localizer, several = measured(free, make[free.network], data, options)
+        pictures.append([shown_photo(localizer, data, i) for i in some])
         found = mean_and_deviation([one.metrics() for one in several], METRICS)
         rows.append(
             {"method": name, "cut": several[0].rule}
@@ -280,6 +292,8 @@ def compare_command(arguments: list[str]) -> None:
         digits={"seconds a photo": 3},
         seed=options.seeds[0],
     )
+    picture = picture_grid(pictures, row_titles=["photo", *options.methods], column_titles=[""] * len(some))
+    sys.stdout.write(f"{save_picture(picture, options.out / 'compare.png')}\n")
 
 
 # --- Evidence ----------------------------------------------------------------------------------------------------
@@ -377,6 +391,8 @@ def open_folder(options: CompareOptions, folder: str) -> tuple[str, dict[str, st
     source, _, chosen = folder.partition("#")
     only = {"classes": chosen} if chosen else {}
     given: dict[str, Any] = {**options.data_options, **only}
+    if source.partition(":")[0] == "synthetic":
+        return source, only, load_data(source, "test", **given), "drawn creatures"
     data = load_data(source, "all", **given)
     return source, only, data, chosen or data.name.rpartition(":")[2]
 
@@ -422,7 +438,7 @@ def kept_rows(
         kept = read_json(path)
         if kept["settings"] == settings:
             return kept["evaluations"]
-    found = measured(free, make[free.network], data, options, rules=rules)
+    _, found = measured(free, make[free.network], data, options, rules=rules)
     evaluations = [one.to_json() for one in found]
     write_json(path, {"settings": settings, "evaluations": evaluations})
     return evaluations

@@ -14,20 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from attnmap_core import cli, experiments
 from attnmap_core.data.sources import ImageData, load_data
-from attnmap_core.data.transforms import eval_transform
 from attnmap_core.errors import InputError
 from attnmap_core.experiments import Run, Runner, RunOptions, mean_and_deviation
 from attnmap_core.files import write_json
-from attnmap_core.pictures import draw_boxes, line_plot, overlay, picture_grid, save_picture
+from attnmap_core.pictures import line_plot, picture_grid, save_picture
 from attnmap_core.recipes import run_record
 from PIL import Image
 
 from ..config import ContrastiveConfig
 from ..evaluate import METRIC_NAMES, evaluate_localizer
-from ..localizers import Localizer
+from ..pictures import shown_photo
 from ..published import FIGURE_1_MEAN, PSYNET, TABLE_1, TABLE_2, TABLE_3
 from ..train import localizer_of, train
 
@@ -374,17 +372,3 @@ def fig2_command(arguments: list[str]) -> None:
         },
     )
     sys.stdout.write(f"{note}\n{saved}\n" if note else f"{saved}\n")
-
-
-@torch.inference_mode()
-def shown_photo(localizer: Localizer, data: ImageData, index: int) -> Image.Image:
-    """Heat map over a photo with the known box (red) and the found one (green)."""
-    sample = data[index]
-    preprocessing = localizer.model.preprocessing
-    [found] = localizer.find(eval_transform(preprocessing)(sample.image)[None])
-    width, height = sample.image.size
-    box = None
-    if found.box_xyxy is not None:
-        box = preprocessing.to_photo_coordinates(found.box_xyxy[None], width, height)
-    heat = overlay(sample.image, preprocessing.to_photo_map(found.heat.astype(np.float32), width, height))
-    return draw_boxes(heat, sample.boxes_xyxy, box, size_wh=(width, height))
