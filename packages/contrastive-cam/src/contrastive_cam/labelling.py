@@ -86,7 +86,7 @@ class LabelOptions:
     std: tuple[float, float, float] | None = None
     """Per-channel standard deviation, likewise."""
     blocks: tuple[int, ...] = ()
-    """Blocks of a ViT whose keys are read; the last three where not given."""
+    """Blocks of a ViT whose keys are read; where not given, the last three of ddt, the last one of other methods."""
     layers: tuple[str, ...] = ()
     """Layers of a CNN that are read, such as blocks.5; its last map where not given."""
     image_size: int = 224
@@ -315,7 +315,8 @@ def network_of(options: LabelOptions) -> Any:
     blocks: Sequence[int] = options.blocks
     wants_keys = not options.blocks and not options.layers and is_vit(options.backbone)
     if wants_keys:
-        blocks = (-1,) if options.method == "lost" else (-3, -2, -1)
+        blocks = (-3, -2, -1) if options.method == "ddt" else (-1,)
+    own = options.method in ("ddt", "region") and not blocks  # cut at the boundary that the map draws itself
     try:
         model = FrozenMap(
             options.backbone,
@@ -323,8 +324,8 @@ def network_of(options: LabelOptions) -> Any:
             blocks=blocks,
             layers=options.layers,
             last_stage="dilated" if is_resnet(options.backbone) else "timm",
-            positive=options.method == "region" or (options.method == "ddt" and not blocks),
-            threshold=0.0 if options.method == "region" or (options.method == "ddt" and not blocks) else 0.5,
+            positive=own,
+            threshold=0.0 if own else 0.5,
             labels=[options.name],
             pretrained=options.weights is None,
             weights=options.weights,

@@ -125,7 +125,8 @@ class Localizer:
 
         Args:
             batches: ``(b, 3, H, W)``, normalised; read once.
-            **options: for ``"region"``, of :func:`contrastive_cam.frozen.fit_region`.
+            **options: for ``"region"``, of :func:`contrastive_cam.frozen.fit_region`; the weight of equivariance is
+                that of :func:`default_turns` where not given.
 
         Raises:
             InputError: for no photos.
@@ -133,6 +134,7 @@ class Localizer:
         if not self.needs_fit or not isinstance(self.model, FrozenMap):
             return
         if self.method == "region":
+            options.setdefault("equivariance", default_turns(self.model))
             fit_region(self.model, batches, **options)
             return
         models = [self.model] if self.other is None else [self.model, self.other]
@@ -205,20 +207,31 @@ class Localizer:
 
 
 def default_rule(method: Method, model: FrozenMap | ContrastiveCAM) -> Rule:
-    """The cut that suits a method: measured for DDT on keys, its own boundary or the literature's for the others.
+    """The cut that suits a method: measured for keys, its own boundary or the literature's for the others.
 
     Example:
         >>> tiny = {"patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 3}
         >>> keys = FrozenMap("vit", img_size=32, blocks=(0,), backbone_options=tiny)
         >>> default_rule("ddt", keys), default_rule("region", keys), default_rule("scda", keys)
-        (0.5, 'zero', 'mean')
+        (0.5, 0.5, 'mean')
     """
-    if method == "ddt":
+    if method in ("ddt", "region"):
         return 0.5 if isinstance(model, FrozenMap) and model.blocks else "zero"
     if method == "model" and isinstance(model, FrozenMap) and model.positive:
         return "zero"
-    rules: dict[str, Rule] = {"ddt+": "zero", "region": "zero", "scda": "mean", "mean": 0.2, "lost": "zero"}
+    rules: dict[str, Rule] = {"ddt+": "zero", "scda": "mean", "mean": 0.2, "lost": "zero"}
     return rules.get(method, model.threshold)
+
+
+def default_turns(model: FrozenMap) -> float:
+    """The weight of equivariance that suits the features of a region unit, measured as its cut was.
+
+    Example:
+        >>> tiny = {"patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 3}
+        >>> default_turns(FrozenMap("vit", img_size=32, blocks=(0,), backbone_options=tiny))
+        3.0
+    """
+    return 3.0 if model.blocks else 1.0
 
 
 def _descriptor(features: Maps, heat: Maps) -> NDArray[np.float64]:

@@ -43,7 +43,7 @@ class Free:
         layers: of the CNN; its last map where empty.
         blocks: of the ViT, whose keys are read.
         rule: the cut; the method's own where None.
-        equivariance: of the region unit, see :func:`contrastive_cam.frozen.fit_region`.
+        equivariance: of the region unit; :func:`contrastive_cam.localizers.default_turns` where None.
     """
 
     method: Method
@@ -51,7 +51,7 @@ class Free:
     layers: tuple[str, ...] = ()
     blocks: tuple[int, ...] = ()
     rule: Rule | None = None
-    equivariance: float = 1.0
+    equivariance: float | None = None
 
     @property
     def drawn(self) -> bool:
@@ -68,7 +68,7 @@ FREE: dict[str, Free] = {
     "ViT LOST": Free("lost", "vit", blocks=(-1,)),
     "ViT DDT, last block": Free("ddt", "vit", blocks=(-1,)),
     "ViT DDT, three blocks": Free("ddt", "vit", blocks=(-3, -2, -1)),
-    "ViT region unit": Free("region", "vit", blocks=(-3, -2, -1)),
+    "ViT region unit": Free("region", "vit", blocks=(-1,)),
 }
 """What is compared: networks of ImageNet, whatever else is said."""
 
@@ -242,9 +242,8 @@ def measured(
     device = cli.choose_device(options.device)
     found: list[Evaluation] = []
     for seed in options.seeds if free.drawn else options.seeds[:1]:
-        fitted(
-            localizer, data, device, batch_size=options.batch_size, seed=seed, equivariance=free.equivariance
-        )
+        weight = {} if free.equivariance is None else {"equivariance": free.equivariance}
+        fitted(localizer, data, device, batch_size=options.batch_size, seed=seed, **weight)
         found.append(
             evaluate_localizer(
                 localizer, data, rules=rules, multi=options.multi, batch_size=options.batch_size
