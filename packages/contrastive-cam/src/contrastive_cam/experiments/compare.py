@@ -291,7 +291,7 @@ def compare_command(arguments: list[str]) -> None:
         digits={"seconds a photo": 3},
         seed=options.seeds[0],
     )
-    picture = picture_grid(pictures, row_titles=["photo", *options.methods], column_titles=[""] * len(some))
+    picture = picture_grid(pictures, row_titles=["photo", *options.methods])
     sys.stdout.write(f"{save_picture(picture, options.out / 'compare.png')}\n")
 
 

@@ -359,7 +359,7 @@ def fig2_command(arguments: list[str]) -> None:
         localizer = localizer_of(run.config, model)
         pictures.append([shown_photo(localizer, data, index) for index in wanted])
     out = options.out / "fig2"
-    picture = picture_grid(pictures, row_titles=list(models), column_titles=[""] * len(wanted))
+    picture = picture_grid(pictures, row_titles=list(models))
     saved = save_picture(picture, out / "fig2.png")
     note = scale_note(config)
     write_json(
