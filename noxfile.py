@@ -28,6 +28,8 @@ TOOLS = nox.project.load_toml(ROOT / "pyproject.toml")
 # One thread for each test worker, which together fill the cores; and no test may reach for the network.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
 TEST_ENV = {**ONE_THREAD, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "MPLBACKEND": "agg"}
+# Tests start many programs; where Python may not keep what it compiled, each compiles PyTorch for 10 s first.
+TEST_ENV["PYTHONDONTWRITEBYTECODE"] = ""
 
 
 def install_tree(session: nox.Session, *packages: str, extras: str = "train,test") -> None:

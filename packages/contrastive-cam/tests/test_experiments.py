@@ -181,7 +181,7 @@ def test_evidence_keeps_what_is_measured(networks, photos, tmp_path, monkeypatch
     methods = [row["method"] for row in first["rows"]]
     assert methods[:5] == ["mean", "DDT+", "region", "LOST", "CNN + PTAP"]
     assert methods[5].startswith("floor")
-    assert len(first["records"]) == 5
+    assert len(first["records"]) == 5 + 3  # and floors
     monkeypatch.setattr(compare, "measured", None)  # would fail if it were measured again
     assert main(arguments) == 0
     again = json.loads((out / "table.json").read_text())
@@ -211,6 +211,21 @@ def test_search_measures_every_form_once_and_names_the_best(networks, photos, tm
     assert main(arguments) == 0
     assert json.loads((out / "table.json").read_text())["rows"] == first["rows"]
     assert main([*arguments, "--folders"]) == 2
+
+
+def test_lines_over_folders_are_means_of_each_seed():
+    records = [
+        {"folder": folder, "row": "unit", "seed": seed, **dict.fromkeys(compare.METRICS, value)}
+        for folder, seed, value in (("a", 0, 50.0), ("a", 1, 60.0), ("b", 0, 70.0), ("b", 1, 100.0))
+    ]
+    rows = [
+        {"folder": folder, "method": "unit", "cut": "otsu"}
+        | {f"CorLoc {level}": {"mean": mean} for level in (0.5, 0.7)}
+        for folder, mean in (("a", 55.0), ("b", 85.0))
+    ]
+    [line] = compare.by_folder(rows, records)
+    assert (line["a"], line["b"], line["cut"]) == ("55.0 / 55.0", "85.0 / 85.0", "otsu")
+    assert line["CorLoc 0.7"] == {"mean": 70.0, "std": pytest.approx(200**0.5), "n": 2}
 
 
 def test_every_name_is_listed(capsys):

@@ -371,18 +371,49 @@ def evidence_command(arguments: list[str]) -> None:
             ]
             floors = floors or runs[0].metrics["floors"]
         rows += [_row(title, f"floor: {floor}", [found], "–") for floor, found in floors.items()]
+        records += [
+            {"folder": title, "row": f"floor: {floor}", "seed": 0, **found} for floor, found in floors.items()
+        ]
     write_results(
         options.out,
         rows,
+        tables={"CorLoc 0.5 / 0.7 by folder, and over all folders": by_folder(rows, records)},
         title="Evidence on real photos, CorLoc",
         distribution="contrastive-cam",
         notes=[
-            "Every method sees all photos of a folder and no box; a hit on any annotated object counts. Means ± "
-            f"standard deviation over {len(options.seeds)} seeds where a seed has a part.",
+            "Every method sees all photos of a folder and no box; a hit on any annotated object counts. Means over "
+            f"{len(options.seeds)} seeds where a seed has a part; over all folders with the standard deviation.",
         ],
         seed=options.seeds[0],
         records=records,
     )
+
+
+def by_folder(
+    rows: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """A line for each method: CorLoc 0.5 / 0.7 of each folder, then means over the folders, seed by seed.
+
+    Args:
+        rows: of :func:`evidence_command`, means over seeds by folder and method.
+        records: single runs by ``folder``, ``row`` and ``seed``.
+    """
+    lines: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        line = lines.setdefault(row["method"], {"method": row["method"], "cut": row["cut"]})
+        line[row["folder"]] = " / ".join(f"{row[name]['mean']:.1f}" for name in ("CorLoc 0.5", "CorLoc 0.7"))
+    for method, line in lines.items():
+        runs = [record for record in records if record["row"] == method]
+        seeds = dict.fromkeys(record["seed"] for record in runs)
+        means = [
+            {
+                metric: float(np.mean([run[metric] for run in runs if run["seed"] == seed]))
+                for metric in METRICS
+            }
+            for seed in seeds
+        ]
+        line |= {METRIC_NAMES[name]: cell for name, cell in mean_and_deviation(means, METRICS).items()}
+    return list(lines.values())
 
 
 def open_folder(options: CompareOptions, folder: str) -> tuple[str, dict[str, str], ImageData, str]:
