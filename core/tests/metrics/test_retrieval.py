@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from attnmap_core.errors import InputError
 from attnmap_core.metrics import (
+    approximate_nearest,
     kmeans,
     map_at_r,
     metrics_of_ranking,
@@ -237,7 +239,7 @@ def test_error_bound_holds():
             search = module._Search(x, None, similarity)
             for rows, block in search.chunks(1, None):
                 every = torch.arange(600).expand(len(rows), -1)
-                exact = search._similarities(torch.arange(rows.start, rows.stop), every)
+                exact = search.exact(torch.arange(rows.start, rows.stop), every)
                 if similarity == "euclidean":
                     exact = exact + search.query_norms[rows.start : rows.stop, None].square()
                 off = ~torch.eye(600, dtype=torch.bool)[rows.start : rows.stop]
@@ -426,3 +428,48 @@ def test_metrics_of_a_given_ranking_are_those_of_the_search():
         metrics_of_ranking(hits[:, :2], relevant, (1,))
     with pytest.raises(InputError, match="one of them above 0"):
         metrics_of_ranking(hits, np.zeros(40))
+
+
+# --- Approximate search
+
+
+def clusters(n: int, seed: int = 0) -> NDArray[Any]:
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(60, 12))[rng.integers(0, 60, n)] + 0.4 * rng.normal(size=(n, 12))
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize("itself", [True, False])
+def test_approximate_search_finds_all_with_all_probes_and_most_with_few(similarity, itself):
+    x = clusters(3000)
+    queries, gallery = (x, None) if itself else (clusters(200, seed=1), x)
+    exactly = nearest(queries, gallery, 5, similarity=similarity)
+    every = approximate_nearest(queries, gallery, 5, similarity=similarity, probes=10**6)
+    assert (every.indices == exactly.indices).mean() > 0.9999  # float32 decides which five
+    np.testing.assert_allclose(every.similarities, exactly.similarities, rtol=1e-6, atol=1e-6)
+    few = approximate_nearest(queries, gallery, 5, similarity=similarity, probes=4)
+    overlap = [len(set(a) & set(b)) / 5 for a, b in zip(few.indices.tolist(), exactly.indices.tolist())]
+    assert 0.8 < np.mean(overlap) < 1
+    if itself:
+        assert not (few.indices == np.arange(len(x))[:, None]).any()
+    again = approximate_nearest(queries, gallery, 5, similarity=similarity, probes=4)
+    assert np.array_equal(few.indices, again.indices)
+
+
+def test_a_query_whose_cells_hold_too_little_sees_all():
+    x = clusters(600)
+    found = approximate_nearest(x, k=400, probes=1)
+    exactly = nearest(x, k=400)
+    assert np.array_equal(np.sort(found.indices, axis=1), np.sort(exactly.indices, axis=1))
+    np.testing.assert_allclose(found.similarities, exactly.similarities, rtol=1e-12)
+
+
+def test_approximate_search_says_what_is_wrong(monkeypatch):
+    x = clusters(20)
+    with pytest.raises(InputError, match="probes 0"):
+        approximate_nearest(x, probes=0)
+    with pytest.raises(InputError, match="k 20"):
+        approximate_nearest(x, k=20)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(InputError, match=r"attnmap-core\[faiss\]"):
+        approximate_nearest(x)

@@ -3,6 +3,7 @@
 from .classification import class_ranks, topk_accuracy
 from .localization import best_iou_curve, corloc, max_box_acc, pxap, topk_loc
 from .retrieval import (
+    approximate_nearest,
     kmeans,
     map_at_r,
     metrics_of_ranking,
@@ -16,6 +17,7 @@ from .robustness import mce, subset_accuracy
 from .segmentation import jaccard_best_head, mass_mask, mean_iou
 
 __all__ = [
+    "approximate_nearest",
     "best_iou_curve",
     "class_ranks",
     "corloc",

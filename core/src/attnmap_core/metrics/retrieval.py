@@ -80,6 +80,80 @@ def nearest(
     return Neighbours(indices, similarities)
 
 
+def approximate_nearest(
+    queries: Vectors,
+    gallery: Vectors | None = None,
+    k: int = 1,
+    *,
+    similarity: Similarity = "cosine",
+    probes: int = 32,
+    seed: int = 0,
+) -> Neighbours:
+    """About the ``k`` nearest gallery items of each query: for all-against-all searches beyond a million.
+
+    An inverted file of faiss: k-means parts the gallery in cells, of which the nearest few are searched. What is found
+    is ordered by float64 similarities; what is missed is missed silently, so never take metrics of a paper from it.
+
+    Args:
+        queries, gallery, k, similarity: as in :func:`nearest`.
+        probes: cells searched for each query; more finds more. From all of them on, everything is found.
+        seed: of the vectors that k-means sees, 64 for each cell.
+
+    Raises:
+        InputError: as :func:`nearest`, for less than one probe, and without faiss.
+
+    Example:
+        >>> x = np.random.default_rng(0).normal(size=(300, 8))
+        >>> about, exactly = approximate_nearest(x, k=3), nearest(x, k=3)  # so few: all cells are probed
+        >>> bool((about.indices == exactly.indices).all())
+        True
+    """
+    try:
+        import faiss
+    except ImportError:
+        raise InputError('approximate search needs faiss; pip install "attnmap-core[faiss]"') from None
+    search = _Search(queries, gallery, similarity)
+    search.check_k(k)
+    if probes < 1:
+        raise InputError(f"probes {probes}: expected 1 or more; 32 is usual")
+    # On the host: faiss there takes any number of cells and neighbours. Cosines are products of unit vectors.
+    asking, items = (
+        search.for_product(vectors, norms).cpu().numpy()
+        for vectors, norms in ((search.queries, search.query_norms), (search.gallery, search.norms))
+    )
+    cells = min(int(4 * search.size**0.5), -(-search.size // 64))
+    lists: Any = faiss
+    flat = lists.IndexFlatL2 if similarity == "euclidean" else lists.IndexFlatIP
+    metric = lists.METRIC_L2 if similarity == "euclidean" else lists.METRIC_INNER_PRODUCT
+    index = lists.IndexIVFFlat(flat(items.shape[1]), items.shape[1], cells, metric)
+    chosen = np.random.default_rng(seed).permutation(search.size)[: 64 * cells]
+    index.train(items[np.sort(chosen)])
+    index.add(items)
+    index.nprobe = min(probes, cells)
+    found: NDArray[np.int64] = index.search(asking, min(k + 1, search.size))[1]
+    indices = np.empty((search.count, k), dtype=np.int64)
+    similarities = np.empty((search.count, k), dtype=np.float64)
+    size = max(1, _CHUNK_BYTES // (64 * (k + 1)))
+    for start in range(0, search.count, size):
+        rows = np.arange(start, min(start + size, search.count))
+        columns = found[rows]
+        wanted = columns >= 0
+        if search.to_itself:
+            wanted &= columns != rows[:, None]
+        short = wanted.sum(axis=1) < k  # the cells held too little
+        exact = search.exact(
+            torch.from_numpy(rows).to(search.device), torch.from_numpy(columns.clip(0)).to(search.device)
+        )
+        values = np.where(wanted, exact.cpu().numpy(), -np.inf)
+        columns = np.where(wanted, columns, search.size)
+        order = np.lexsort((columns, -values), axis=1)[:, :k]
+        indices[rows] = np.take_along_axis(columns, order, axis=1)
+        similarities[rows] = np.take_along_axis(values, order, axis=1)
+        for row in rows[short]:
+            indices[row], similarities[row] = search.all_of(int(row), k)
+    return Neighbours(indices, similarities)
+
+
 @overload
 def recall_at_k(embeddings: Vectors, labels: ArrayLike, k: int = 1, **options: Any) -> float: ...
 
@@ -402,7 +476,7 @@ class _Search:
         )
         groups = -(-self.size // _GROUP)
         self.columns = groups * _GROUP
-        rows = self._for_product(self.gallery, self.norms)
+        rows = self.for_product(self.gallery, self.norms)
         self.rows = torch.cat([rows, rows.new_zeros(self.columns - self.size, rows.shape[1])])
         self.squares = self.norms.square().float()
 
@@ -412,7 +486,7 @@ class _Search:
                 f"k {k}: expected 1 to {self.available}, the gallery images that a query can find; choose a smaller k"
             )
 
-    def _for_product(self, vectors: Tensor, norms: Tensor) -> Tensor:
+    def for_product(self, vectors: Tensor, norms: Tensor) -> Tensor:
         if self.similarity == "cosine":
             return (vectors / norms.clamp_min(1e-12)[:, None].to(vectors.dtype)).float()
         return vectors.float()
@@ -431,7 +505,7 @@ class _Search:
             for start in range(0, self.count, size):
                 rows = range(start, min(start + size, self.count))
                 norms = self.query_norms[rows.start : rows.stop]
-                chunk = self._for_product(self.queries[rows.start : rows.stop], norms)
+                chunk = self.for_product(self.queries[rows.start : rows.stop], norms)
                 scores = buffer[: len(rows)]
                 if self.similarity == "euclidean":
                     torch.mm(chunk * 2, self.rows.T, out=scores)
@@ -498,7 +572,7 @@ class _Search:
         close = (values[:, :-1] - values[:, 1:] <= 2 * block.error[:, None]).any(1)
         every = torch.arange(len(rows), device=self.device)
         columns = columns[:, :k]
-        similarities = self._similarities(every + rows.start, columns)
+        similarities = self.exact(every + rows.start, columns)
         doubtful = close.nonzero()[:, 0]
         columns[doubtful], similarities[doubtful] = self._exactly(rows, block, doubtful, k, None)
         return columns, similarities
@@ -520,7 +594,7 @@ class _Search:
             count = min(depth + pad, self.available)
             values, found = block.scores[of].topk(count, dim=1)
             found = found.sort(1).values
-            exact = self._similarities(of + rows.start, found)
+            exact = self.exact(of + rows.start, found)
             if first is not None:
                 order = first(found, of).sort(dim=1, descending=True, stable=True).indices
                 found, exact = found.gather(1, order), exact.gather(1, order)
@@ -535,7 +609,16 @@ class _Search:
             pad *= 4
         return columns, similarities
 
-    def _similarities(self, queries: Tensor, columns: Tensor) -> Tensor:
+    def all_of(self, query: int, k: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """The ``k`` nearest of one query, from all similarities in float64."""
+        every = torch.arange(self.size, device=self.device)
+        values = self.exact(torch.tensor([query], device=self.device), every[None])[0].cpu().numpy()
+        if self.to_itself:
+            values[query] = -np.inf
+        order = np.argsort(-values, kind="stable")[:k]
+        return order, values[order]
+
+    def exact(self, queries: Tensor, columns: Tensor) -> Tensor:
         """``(b, m)`` in float64, of queries ``(b,)`` and columns ``(b, m)``. Equal rows give equal bits."""
         flat = columns.flatten()
         asking = queries[:, None].expand_as(columns).flatten()
