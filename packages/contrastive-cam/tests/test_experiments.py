@@ -12,6 +12,7 @@ from attnmap_core.backbones import create_backbone
 from contrastive_cam.cli import main
 from contrastive_cam.experiments import REPRODUCTIONS, compare, search
 from contrastive_cam.experiments.compare import Free
+from contrastive_cam.experiments.tables import folder_name
 from contrastive_cam.published import FULL, TABLE_1, TABLE_2, TABLE_3
 from PIL import Image
 from safetensors.torch import save_file
@@ -211,6 +212,13 @@ def test_search_measures_every_form_once_and_names_the_best(networks, photos, tm
     assert main(arguments) == 0
     assert json.loads((out / "table.json").read_text())["rows"] == first["rows"]
     assert main([*arguments, "--folders"]) == 2
+
+
+def test_long_names_of_runs_stay_apart():
+    long = {"data": "synthetic:" + 200 * "x", "tasks": "R+S"}
+    names = {folder_name("tiny-contrastive", long), folder_name("tiny-contrastive", long | {"tasks": "S+T"})}
+    assert len(names) == 2
+    assert max(map(len, names)) < 200
 
 
 def test_lines_over_folders_are_means_of_each_seed():

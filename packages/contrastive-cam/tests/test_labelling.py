@@ -205,6 +205,7 @@ def test_unreadable_photos(photos, tmp_path, weights, capsys, caplog):
     (photos / "clip.mp4").write_bytes(b"movie")
     (photos / "notes.txt").write_text("text")
     refused(capsys, label(photos, tmp_path / "out", weights), "torn.jpg", "--skip-unreadable")
+    assert not (tmp_path / "out").exists()
     assert label(photos, tmp_path / "out", weights, "--resume", "--skip-unreadable") == 0
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Not readable (1)" in page

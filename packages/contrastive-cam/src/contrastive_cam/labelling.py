@@ -167,6 +167,7 @@ def label_folder(options: LabelOptions, *, command: str = "") -> Path:
         raise InputError(f"{target}: exists; pass --resume to go on, --overwrite to replace it")
     # What is wrong with the network must not leave a folder behind.
     model: Any = None if options.resume and (folder / "model").is_dir() else network_of(options)
+    fresh = not folder.exists()
     new_output_folder(folder, resume=options.resume, overwrite=options.overwrite)
     journal = Journal(folder, settings)
     waiting = journal.without_line(photos)
@@ -180,7 +181,12 @@ def label_folder(options: LabelOptions, *, command: str = "") -> Path:
     localizer = Localizer(model.to(device).eval(), "model" if options.model else options.method, rule)
     read = Reader(localizer, options.skip_unreadable, options.batch_size)
     if not (folder / "model").is_dir():
-        notes = list(dict.fromkeys([*notes, *fit(localizer, read, photos, options)]))
+        try:
+            notes = list(dict.fromkeys([*notes, *fit(localizer, read, photos, options)]))
+        except InputError:
+            if fresh:
+                shutil.rmtree(folder)  # nothing in it that a second launch could go on with
+            raise
         journal.keep_notes(notes)
         if options.model is None:
             model.save_pretrained(folder / "model")
@@ -331,6 +337,8 @@ def network_of(options: LabelOptions) -> Any:
             weights=options.weights,
             backbone_options=dict(options.backbone_options),
         )
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"--blocks and --layers: {error}") from error
     return normalised(model, options.mean, options.std)
@@ -433,7 +441,7 @@ class Reader:
             image = load_image(photo)
         except InputError as error:
             if not self.skip:
-                raise InputError(f"{error}; or pass --skip-unreadable") from None
+                raise
             return str(error)
         return image, self.transform(image)
 

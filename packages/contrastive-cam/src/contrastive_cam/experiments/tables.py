@@ -6,6 +6,7 @@ the like are the published settings.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -111,7 +112,12 @@ def folder_name(recipe: str, changes: Mapping[str, Any]) -> str:
     """
     parts = [f"{name}-{value}" for name, value in sorted(changes.items()) if name != "weights"]
     text = "_".join([Path(recipe).stem, *parts])
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in text)[:180]
+    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in text)
+    if len(name) <= 150:
+        return name
+    return (
+        f"{name[:150]}_{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"  # file systems end at 255
+    )
 
 
 def cells(runs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
