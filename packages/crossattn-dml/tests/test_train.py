@@ -118,7 +118,9 @@ def test_two_processes_equal_one(tmp_path, tiny, history):
     for name in ("model.safetensors", "stack.safetensors"):
         a, b = (load_file(tmp_path / run / "model" / name) for run in ("two", "one"))
         for key in a:
-            torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5, msg=key)
+            # Softmax does not see the bias of the keys: its gradient is rounding error, which AdamW makes a step of.
+            if not key.endswith("key.bias"):
+                torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5, msg=key)
     two, one = (history(tmp_path / run) for run in ("two", "one"))
     assert [line["pairs"] for line in two] == [line["pairs"] for line in one]
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
