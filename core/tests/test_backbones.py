@@ -168,6 +168,8 @@ def test_wrong_image_size_names_both(vit: Backbone) -> None:
         ("vit_tiny_patch16_244", {}, "did you mean vit_tiny_patch16_224"),
         ("vit_tiny_patch16_224.nonsense", {}, "augreg_in21k_ft_in1k"),
         ("somebody/some_model", {}, "no such timm model"),
+        ("vit", {"output_stride": 16}, "no option 'output_stride'"),
+        ("resnet10t", {"patch_size": 8}, "no option 'patch_size'"),
         ("vit", {**TINY, "pretrained": True}, "no published weights"),
         ("vit", {**TINY, "weights": "nowhere.pth"}, "nowhere.pth: no such"),
         ("vit", {**TINY, "img_size": (16, 30)}, "img_size 16x30.*8x8 patches.*choose 16x32"),

@@ -15,6 +15,7 @@ import difflib
 import inspect
 import logging
 import pickle
+import re
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -247,7 +248,8 @@ def create_backbone(
         from timm.models.vision_transformer import VisionTransformer
 
         size = size or (224, 224)
-        net: Any = VisionTransformer(img_size=size, num_classes=0, **timm_kwargs)
+        with _foreign_options(name):
+            net: Any = VisionTransformer(img_size=size, num_classes=0, **timm_kwargs)
     else:
         net, size = _create_timm(name, size, pretrained, timm_kwargs)
     if weights is not None:
@@ -832,7 +834,8 @@ def _create_timm(
     if size is not None and published.fixed_input_size:
         kwargs["img_size"] = size
     try:
-        net: Any = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+        with _foreign_options(name):
+            net: Any = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
     except OSError as error:
         if not pretrained:
             raise
@@ -840,6 +843,20 @@ def _create_timm(
             f"backbone {name!r}: no weights downloaded ({error}); or give weights=FILE"
         ) from error
     return net, size or _pair(published.input_size[1:])
+
+
+@contextmanager
+def _foreign_options(name: str) -> Generator[None]:
+    """Name an option that a network does not have, such as one of another backbone in a recipe."""
+    try:
+        yield
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None:
+            raise
+        raise InputError(
+            f"backbone {name!r}: has no option {unknown[1]!r}; leave it out of the backbone's options"
+        ) from error
 
 
 def _load_weights(net: Any, path: Path) -> None:
