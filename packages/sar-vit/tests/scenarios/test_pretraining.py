@@ -184,7 +184,7 @@ def test_recipes_are_those_of_the_paper(method):
         ({"local_crops": -1}, "local_crops -1: expected 0 or more"),
         (
             {"backbone": "swin_tiny_patch4_window7_224", "query": "avg"},
-            "backbone swin_tiny_patch4_window7_224: cannot",
+            "backbone 'swin_tiny_patch4_window7_224': has no option 'depth'",
         ),
     ],
 )

@@ -52,10 +52,12 @@ def make_encoder(config: SarConfig, data: ImageData, **backbone_options: Any) ->
     }
     try:
         return SARViT(config.backbone, 0, config.image_size, **options)
-    except TypeError as error:
+    except InputError as error:
+        if not any(f"no option {name!r}" in str(error) for name in backbone_options):
+            raise
         raise InputError(
-            f"backbone {config.backbone}: cannot be made with {', '.join(backbone_options) or 'these options'} "
-            f"({error}), as scenario {config.scenario} needs it; choose a plain ViT"
+            f"backbone {config.backbone}: cannot be made with {', '.join(backbone_options)}, as scenario "
+            f"{config.scenario} needs it; choose a plain ViT"
         ) from error
 
 
