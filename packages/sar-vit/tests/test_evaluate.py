@@ -513,7 +513,7 @@ accelerator = start_processes()
 found = evaluate_model(open_model(sys.argv[1]), load_data(sys.argv[2], "test"), accelerator=accelerator, batch_size=4)
 with open(f"{sys.argv[3]}/{accelerator.process_index}-of-{accelerator.num_processes}.json", "w") as file:
     json.dump(found.to_json(), file)
-accelerator.end_training()  # a process group that is still open may abort the exit
+accelerator.destroy_process_group()  # a process group that is still open may abort the exit
 """
 
 
