@@ -256,7 +256,9 @@ SIGNS = ("stability", "contrast", "whole")
 
 
 def doubtful(confidence: ArrayLike) -> NDArray[np.bool_]:
-    """Which boxes of a folder are worth a look: those below :data:`DOUBTFUL`, the least sure quarter at most, and none.
+    """Which boxes of a folder are worth a look: those below :data:`DOUBTFUL`, the least sure quarter at most.
+
+    A photo without a box is always one of them.
 
     Args:
         confidence: ``(n,)`` in ``[0, 1]``, 0 without a box.
