@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import pytest
 import tyro
+from attnmap_core.cli import parse
 from attnmap_core.errors import InputError
 from attnmap_core.recipes import (
     find_recipe,
@@ -70,6 +71,38 @@ def test_recipe_fills_the_fields(folder):
     config = load_recipe(folder, "cub-scm", Config, {"steps": 9})
     assert (config.steps, config.mode, config.lr) == (9, "slow", 0.1)
     assert load_recipe("no_such_package", str(folder / "cub-scm.toml"), Config).steps == 7
+
+
+@dataclass(kw_only=True)
+class WithOptions:
+    backbone: str = "resnet"
+    backbone_options: dict[str, int] = field(default_factory=dict)
+    data: str = "cub:"
+    data_options: dict[str, int] = field(default_factory=dict)
+    other_options: dict[str, int] = field(default_factory=dict)
+
+
+def test_options_of_another_network_are_dropped(tmp_path):
+    text = "[backbone_options]\nstride = 16\n[data_options]\nside = 8\n[other_options]\na = 1\n"
+    (tmp_path / "r.toml").write_text(text)
+
+    def options(**overrides: Any) -> tuple[dict, dict, dict]:
+        by_load = load_recipe(tmp_path, "r", WithOptions, overrides)
+        arguments: list[str] = []
+        for name, value in overrides.items():
+            if isinstance(value, dict):
+                arguments += [text for key in value for text in (f"--{name}.{key}", str(value[key]))]
+            else:
+                arguments += [f"--{name}", value]
+        default = load_recipe(tmp_path, "r", WithOptions)
+        assert parse(WithOptions, arguments, command="c", default=default) == by_load
+        return by_load.backbone_options, by_load.data_options, by_load.other_options
+
+    everything = ({"stride": 16}, {"side": 8}, {"a": 1})
+    assert options() == options(backbone="resnet", data="cub:/photos") == everything
+    assert options(backbone="vit") == ({}, *everything[1:])
+    assert options(backbone="vit", backbone_options={"depth": 3}) == ({"depth": 3}, *everything[1:])
+    assert options(data="cars:/photos") == (everything[0], {}, everything[2])
 
 
 def test_recipes_are_listed_with_their_header(folder):

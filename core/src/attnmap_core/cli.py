@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar, cast
 import tyro
 
 from .errors import InputError
+from .recipes import outdated_options
 
 logger = logging.getLogger(__name__)
 Options = TypeVar("Options")
@@ -82,6 +83,7 @@ def run(program: Program, arguments: Sequence[str] | None = None) -> int:
         if verb not in verbs:
             raise InputError(f"{verb}: no such verb; {_did_you_mean(verb, verbs)}")
         verbs[verb](rest)
+        _leave_processes()
     except InputError as error:
         _complain(program.name, str(error))
         return 2
@@ -100,6 +102,13 @@ def run(program: Program, arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _leave_processes() -> None:
+    """Close the process group that a verb has opened: one that is still open can abort the exit."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def parse(
     options: type[Options], arguments: Sequence[str], *, command: str, default: Options | None = None
 ) -> Options:
@@ -109,7 +118,8 @@ def parse(
         options: dataclass type; its docstrings are the help text.
         arguments: what the user typed after the verb.
         command: shown in ``--help`` and errors, ``"scm-wsol train cub-scm"``.
-        default: values for the fields not given; the dataclass's own where None.
+        default: values for the fields not given; the dataclass's own where None. Another value of ``NAME`` drops
+            its ``NAME_options``, as :func:`attnmap_core.recipes.outdated_options` says.
 
     Raises:
         InputError: for an unknown field (with the closest name) or a value of the wrong type.
@@ -143,7 +153,10 @@ def parse(
         words = " ".join(said.getvalue().translate({ord(c): " " for c in "╭╮╰╯─│"}).split())
         words = words.removeprefix("Parsing error").removeprefix("Required options").strip()
         raise InputError(f"{command}: {words}") from None
-    merged = {name: {**getattr(parsed, name), **values} for name, values in entries.items()}
+    void = outdated_options(vars(default), vars(parsed)) if default is not None else []
+    merged: dict[str, Any] = {name: {} for name in void}
+    for name, values in entries.items():
+        merged[name] = {**merged.get(name, getattr(parsed, name)), **values}
     return cast(Options, dataclasses.replace(parsed, **merged) if merged else parsed)
 
 

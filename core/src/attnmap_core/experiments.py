@@ -6,8 +6,10 @@ import csv
 import io
 import json
 import logging
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .checkpoint import check_same_run
+from .errors import InputError
 from .files import read_json, write_json, write_text
 from .recipes import load_recipe, plain_values, run_record
 
@@ -109,6 +112,39 @@ class Runner:
             logger.info("run %s", folder)
             self.train(config, resume=folder.exists())
         return Run(folder, config, read_json(metrics))
+
+    def finished_together(self, asked: Sequence[tuple[Path, str, Mapping[str, Any]]], jobs: int) -> list[Run]:
+        """Several runs, up to ``jobs`` at once, each in a process of its own; their numbers are those of one at a time.
+
+        Args:
+            asked: folder, recipe and changed fields of each; no folder twice.
+            jobs: 1 runs them here, one after the other.
+
+        Raises:
+            InputError: for ``jobs`` below 1, a folder asked for twice (the same seed), and as :meth:`finished`; runs
+                that have not begun are then left out.
+        """
+        if jobs < 1:
+            raise InputError(f"jobs {jobs}: expected 1 or more; 1 is one run at a time")
+        if len({folder for folder, _, _ in asked}) < len(asked):
+            raise InputError("seeds: expected each once; leave out what is given twice")
+        if jobs == 1 or len(asked) < 2:
+            return [self.finished(folder, recipe, **changes) for folder, recipe, changes in asked]
+        fresh = multiprocessing.get_context("spawn")  # a fork would share CUDA and the state of Accelerate
+        level = logging.getLogger().level
+        with ProcessPoolExecutor(min(jobs, len(asked)), fresh, _start_worker, (level,)) as pool:
+            several = [
+                pool.submit(self.finished, folder, recipe, **changes) for folder, recipe, changes in asked
+            ]
+            try:
+                return [one.result() for one in several]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def _start_worker(level: int) -> None:
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
 
 
 # --- Numbers ----------------------------------------------------------------------------------------------------------

@@ -95,7 +95,8 @@ def load_recipe(
         source: see :func:`list_recipes`.
         name: a recipe's name, or a path that ends with ``.toml``.
         config_class: dataclass of plain-valued fields.
-        overrides: values that replace the recipe's.
+        overrides: values that replace the recipe's. Another value of a field without its ``_options`` drops the
+            recipe's; see :func:`outdated_options`.
 
     Raises:
         InputError: for an unknown recipe or field (with the closest name), a value of the wrong type, or a
@@ -120,8 +121,36 @@ def load_recipe(
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: not valid TOML ({error}); correct that line") from None
     checked = _check_fields(str(path), config_class, values)
-    checked |= _check_fields(f"overrides of {name}", config_class, overrides or {})
-    return config_class(**checked)
+    replaced = _check_fields(f"overrides of {name}", config_class, overrides or {})
+    defaults = {f.name: f.default for f in dataclasses.fields(cast(Any, config_class))}
+    for options in outdated_options(defaults | checked, replaced):
+        checked.pop(options, None)
+    return config_class(**checked | replaced)
+
+
+def outdated_options(values: Mapping[str, Any], replaced: Mapping[str, Any]) -> list[str]:
+    """Fields ``NAME_options`` of a recipe that another value of ``NAME`` makes void: those of another network or loss.
+
+    Options of a data source stay where only its path changes.
+
+    Example:
+        >>> values = {"backbone": "resnet50", "backbone_options": {"output_stride": 16}}
+        >>> values |= {"data": "cub:", "data_options": {"split_file": "my.txt"}}
+        >>> outdated_options(values, {"backbone": "vit", "data": "cub:/photos"})
+        ['backbone_options']
+    """
+
+    def kind(name: str, value: Any) -> Any:
+        return str(value).partition(":")[0] if name == "data" else value
+
+    owners = (
+        (options, options.removesuffix("_options")) for options in values if options.endswith("_options")
+    )
+    return [
+        options
+        for options, name in owners
+        if name in replaced and kind(name, replaced[name]) != kind(name, values.get(name))
+    ]
 
 
 def _read(path: Path) -> str:

@@ -292,6 +292,24 @@ def test_threads_tensors_and_precisions_agree():
     assert retrieval_metrics(half, y) == retrieval_metrics(half.float(), y)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
+def test_cuda_agrees_with_the_cpu(similarity):
+    x, y = clustered(3000, 48, seed=5)
+    x[700:710] = x[:10]
+    x[800:900] = x[100:200] * np.float32(1 + 1e-6)
+    on_device = torch.from_numpy(x).cuda()
+    for ties in TIES:
+        options: dict[str, Any] = {"similarity": similarity, "ties": ties}
+        assert retrieval_metrics(on_device, y, **options) == retrieval_metrics(x, y, **options)
+    found, expected = (nearest(z, k=5, similarity=similarity) for z in (on_device, x))
+    np.testing.assert_array_equal(found.indices, expected.indices)
+    there, here = (
+        kmeans(z, 20, seed=1, iterations=3).clusters for z in (on_device.double(), x.astype(np.float64))
+    )
+    assert nmi(here, there) > 0.98  # sums on a GPU have no order
+
+
 def test_parts_equal_the_whole():
     x, y = clustered(200, 8)
     found = retrieval_metrics(x, y, (1, 4))

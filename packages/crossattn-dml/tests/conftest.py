@@ -10,7 +10,7 @@ from crossattn_dml.cli import main
 
 DATA = "synthetic:classes=10,superclasses=2,unseen=4,image_size=32,scale_min=0.4,train=36,test=16"
 TINY = ["--data", DATA, "--image-size", "32", "--epochs", "2", "--warmup-epochs", "0", "--batch-size", "12"]
-TINY += ["--backbone-options.patch-size", "8", "--backbone-options.embed-dim", "16"]
+TINY += ["--backbone", "vit", "--backbone-options.patch-size", "8", "--backbone-options.embed-dim", "16"]
 TINY += ["--backbone-options.depth", "1", "--backbone-options.num-heads", "2", "--threads", "1"]
 TINY += [
     "--embedding-dim",

@@ -380,3 +380,22 @@ def test_bad_input():
     stack.positions = "sincos2d_keys"
     with pytest.raises(ValueError, match="grid of 6 tokens, got None"):
         stack(u, X)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("tile", [None, 3])
+@pytest.mark.parametrize("hierarchy", ["mutual", "running"])
+def test_cuda_agrees_with_the_cpu(hierarchy, tile):
+    torch.manual_seed(0)
+    stack = CrossAttentionStack(
+        D, C, blocks=2, heads=2, hierarchy=hierarchy, init="xavier", tile=tile
+    ).double()
+    u, X = torch.randn(7, D).double(), torch.randn(7, 6, C).double()
+    found = []
+    for device in ("cpu", "cuda"):
+        here, tokens = stack.to(device), X.to(device).requires_grad_()
+        S = here(u.to(device), tokens)[2]
+        (grad,) = torch.autograd.grad(S.tril(-1).square().sum(), tokens)
+        found.append((S.detach().cpu(), grad.cpu()))
+    for expected, ours in zip(*found):
+        torch.testing.assert_close(ours, expected, **EXACT)

@@ -228,7 +228,10 @@ def label_folder(options: LabelOptions, *, command: str = "") -> Path:
         logger.warning("skipped %s", line["error"])
     few = int(doubtful([line["confidence"] for line in found]).sum())
     logger.info(
-        "%d photos labelled, %d worth a look: the least sure come first in the report", len(found), few
+        "%d photo%s labelled, %d worth a look: the least sure come first in the report",
+        len(found),
+        "" if len(found) == 1 else "s",
+        few,
     )
     return write_label_report(
         folder, localizer, found, skipped, notes, tables, truth or {}, run_record(options.seed), command

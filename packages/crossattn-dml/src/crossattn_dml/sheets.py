@@ -93,8 +93,7 @@ def neighbour_galleries(
                         for j, same in zip(near.indices[i], right[i])
                     ),
                 ],
-                caption=query.labels[int(found.labels[i])],
-                badge=f"{int(right[i].sum())} of {right.shape[1]}",
+                caption=f"{query.labels[int(found.labels[i])]}\n{int(right[i].sum())} of {right.shape[1]} of its class",
             )
             for i in chosen
         ]

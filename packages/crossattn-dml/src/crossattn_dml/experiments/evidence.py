@@ -22,7 +22,7 @@ from attnmap_core.files import read_json, write_json
 from attnmap_core.recipes import run_record
 
 from .main_results import percents, table_rows
-from .runs import BASELINE, METHOD, finished, recipe_config, scale_note, write_results
+from .runs import BASELINE, METHOD, finished_together, recipe_config, scale_note, write_results
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,8 @@ class SearchOptions(RunOptions):
     """Factors of the learning rate."""
     most: int = 10
     """Settings of each arm after the learning rate; both arms get as many."""
+    jobs: int = 1
+    """Runs at once, for machines with many cores; the numbers are the same."""
     out: Path = Path("runs/search")
     """Folder of the runs, the table and chosen.json."""
 
@@ -157,21 +159,12 @@ def search_arm(
 
 def trial_of(options: SearchOptions, arm: str, stage: str, changes: dict[str, Any]) -> Trial:
     """A setting's mean over the seeds, from the last epoch's numbers on held-out classes: tests are not looked at."""
-    found: list[dict[str, float]] = []
-    for seed in options.seeds:
-        epochs = recipe_config(options.recipe, options.overrides()).epochs
-        run = finished(
-            options,
-            options.out / arm / slug(changes),
-            options.recipe,
-            seed,
-            select_on="val",
-            val_share=options.val_share,
-            evaluate_every=epochs,
-            nmi_seeds=0,
-            **changes,
-        )
-        found.append(run.epochs()[-1]["metrics"])
+    measured: dict[str, Any] = {"select_on": "val", "val_share": options.val_share, "nmi_seeds": 0}
+    measured["evaluate_every"] = recipe_config(options.recipe, options.overrides()).epochs
+    folder = options.out / arm / slug(changes)
+    asked = [(folder, seed, {**measured, **changes}) for seed in options.seeds]
+    runs = finished_together(options, options.recipe, asked, options.jobs)
+    found: list[dict[str, float]] = [run.epochs()[-1]["metrics"] for run in runs]
     recall = next(name for name in found[0] if name.startswith("recall@"))
     values = {name: 100 * float(np.mean([row[name] for row in found])) for name in ("map_at_r", recall)}
     return Trial(stage, changes, values["map_at_r"], values[recall])
@@ -191,6 +184,8 @@ class EvidenceOptions(RunOptions):
     """Also divide the classes anew by each seed (recipes with class_split random)."""
     controls: tuple[float, ...] = (0.5, 1.5)
     """Factors of the baseline's learning rate."""
+    jobs: int = 1
+    """Runs at once, for machines with many cores; the numbers are the same."""
     out: Path = Path("runs/evidence")
     """Folder of the runs and the table."""
 
@@ -203,13 +198,13 @@ def evidence_command(arguments: list[str]) -> None:
             "--seeds and --controls: expected at least one seed and factors above 0, such as --controls 0.5 1.5"
         )
     rows = arms_of(options)
-    measured: dict[str, list[dict[str, float]]] = {row: [] for row in rows}
+    asked: list[tuple[Path, int, dict[str, Any]]] = []
     for seed in options.seeds:  # seed by seed, so that an interrupted comparison is a fair one
-        for row, changes in rows.items():
-            varied = {"split_seed": seed} if options.vary_classes else {}
-            folder = options.out / "runs" / slug({**changes, **varied})
-            run = finished(options, folder, options.recipe, seed, **{**changes, **varied})
-            measured[row].append(percents(run))
+        for changes in rows.values():
+            varied = {**changes, "split_seed": seed} if options.vary_classes else changes
+            asked.append((options.out / "runs" / slug(varied), seed, varied))
+    runs = finished_together(options, options.recipe, asked, options.jobs)
+    measured = {row: [percents(run) for run in runs[place :: len(rows)]] for place, row in enumerate(rows)}
     config = recipe_config(options.recipe, options.overrides())
     if options.vary_classes and config.class_split != "random":
         logger.warning(

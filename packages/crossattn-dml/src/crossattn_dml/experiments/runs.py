@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,15 @@ METHOD: dict[str, Any] = {"stack": True}
 def finished(options: RunOptions, out: Path, recipe: str, seed: int, **changes: Any) -> Run:
     """The finished run of a recipe under an experiment's options; one that is there is read, not repeated."""
     return RUNNER.finished(out / f"seed{seed}", recipe, **{**options.overrides(), "seed": seed, **changes})
+
+
+def finished_together(
+    options: RunOptions, recipe: str, asked: Sequence[tuple[Path, int, dict[str, Any]]], jobs: int
+) -> list[Run]:
+    """As :func:`finished`, of several folders, seeds and changes: up to ``jobs`` runs at once."""
+    given = options.overrides()
+    runs = [(out / f"seed{seed}", recipe, {**given, "seed": seed, **changes}) for out, seed, changes in asked]
+    return RUNNER.finished_together(runs, jobs)
 
 
 def recipe_config(recipe: str, overrides: dict[str, Any]) -> DmlConfig:
