@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -310,6 +310,20 @@ def test_parse_of_entries_of_a_mapping() -> None:
     for wrong in (["--options.depth"], ["--option.depth", "3"]):
         with pytest.raises(InputError, match="--option"):
             parse(Options, wrong, command="c")
+
+
+def test_process_groups_are_closed(program: Program) -> None:
+    def join(arguments: list[str]) -> None:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        if arguments:
+            raise InputError("wrong")
+
+    joining = replace(program, verbs={"join": join})
+    assert run(joining, ["join"]) == 0
+    assert not torch.distributed.is_initialized()
+    assert run(joining, ["join", "wrongly"]) == 2  # other processes may still wait for this one: it just ends
+    torch.distributed.destroy_process_group()
 
 
 def test_parse_of_photos() -> None:

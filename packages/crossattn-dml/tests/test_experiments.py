@@ -13,6 +13,7 @@ from crossattn_dml.experiments import evidence
 from crossattn_dml.experiments.attention import chosen_triples
 from crossattn_dml.experiments.evidence import EvidenceOptions, SearchOptions, arms_of, search_arm
 from crossattn_dml.experiments.main_results import table_rows
+from crossattn_dml.experiments.runs import recipe_config
 
 
 @pytest.fixture(scope="session")
@@ -122,12 +123,13 @@ def test_main_and_evidence_compare_the_same_runs(changes, tmp_path):
 
 def test_search_gives_both_arms_as_many_trials_and_keeps_the_best(monkeypatch):
     asked: list[dict] = []
+    optimum = 2 * recipe_config("tiny-stack", {}).lr
 
     def trial(options, arm, stage, changes):
         asked.append(changes)
         value = (
             10
-            - abs(np.log2(changes["lr"] / 1e-3))
+            - abs(np.log2(changes["lr"] / optimum))
             + 2 * changes.get("conditional_weight", 1) * (arm == "method")
         )
         return evidence.Trial(stage, changes, value, 0.0)
@@ -142,7 +144,7 @@ def test_search_gives_both_arms_as_many_trials_and_keeps_the_best(monkeypatch):
         trials = search_arm(options, arm, base, settings)
         counts[arm] = len(trials)
         best = max(trials, key=lambda trial: trial.map_at_r)
-        assert best.changes["lr"] == pytest.approx(1e-3)
+        assert best.changes["lr"] == pytest.approx(optimum)
         if arm == "method":
             assert best.changes["conditional_weight"] == 3.0
     assert len(evidence.BASELINE_STAGES) == len(evidence.FORMS) + len(evidence.WEIGHTS)
