@@ -6,13 +6,14 @@ is timed: the *loop*, one pair at a time, and *expand*, which repeats the tokens
 projects each copy, as the block is usually written. *Whole* is ours without tiles. Forward and backward; the candidates
 take turns; times are milliseconds of processor time on a CPU, of the clock on a GPU, median over the rounds. Only
 ratios compare between machines. One block is compared as attention alone (``ca_only``): its feed-forward part costs the
-same either way.
+same either way. *Peak* is the most memory of a process of its own that runs one case, on a GPU what it allocates.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import resource
@@ -20,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -119,6 +121,22 @@ def saved_megabytes(function: Similarities, stack: CrossAttentionStack, u: Tenso
     return sum(held.values()) / 2**20
 
 
+def peak_megabytes(b: int, n: int, blocks: int, tile: int | None) -> float:
+    """Most memory of a forward and backward pass: of a process that does nothing else, or allocated on a GPU."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+        return fresh.submit(_peak_here, b, n, blocks, tile).result()
+
+
+def _peak_here(b: int, n: int, blocks: int, tile: int | None) -> float:
+    torch.set_num_threads(1)
+    stack, u, X = make(b, n, blocks)
+    stack.tile = tile
+    forward_backward(ours, stack, u, X)
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="the median of so many is reported")
@@ -139,6 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     goals: list[tuple[str, float, float, bool]] = []  # name, reached, wanted, at least (or at most)
     per_pair: dict[tuple[int, int, int], float] = {}
+    expanded: dict[int, dict[str, float]] = {}  # by blocks
 
     def compare(
         b: int,
@@ -194,11 +213,22 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.quick:
         for b in (8, 16, 32):
             for blocks in (1, 6):
-                compare(b, 49, blocks, {"expand": expand} if b == 8 else {"whole": ours})
+                median = compare(b, 49, blocks, {"expand": expand} if b == 8 else {"whole": ours})
+                if b == 8:
+                    expanded[blocks] = median
+        theirs, own = (expanded[6][name] - expanded[1][name] for name in ("expand", "ours"))
+        goals.append(("each later block, B=8, 49 tokens, against expand", theirs / own, 1.3, True))
         for blocks in (1, 6):
             growth = per_pair[32, 49, blocks] / per_pair[8, 49, blocks]
             goals.append((f"time a pair, B=32 / B=8, {blocks} blocks", growth, 1.1, False))
-    compare(32, 49, 2 if options.quick else 6, {"whole": ours}, tile=16)
+    if options.quick:
+        compare(32, 49, 2, {"whole": ours}, tile=16)
+    else:
+        compare(100, 49, 6, {"whole": ours}, tile=25)
+        for tile in (25, None):
+            rows[-1]["peak_mb" if tile else "peer_peak_mb"] = round(peak_megabytes(100, 49, 6, tile), 1)
+        goals.append(("MB at most in tiles, B=100, 6 blocks", rows[-1]["peak_mb"], 3000, False))
+        print(f"peak memory in tiles {rows[-1]['peak_mb']} MB, whole {rows[-1]['peer_peak_mb']} MB")
 
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
