@@ -118,7 +118,7 @@ def approximate_nearest(
         raise InputError(f"probes {probes}: expected 1 or more; 32 is usual")
     # On the host: faiss there takes any number of cells and neighbours. Cosines are products of unit vectors.
     asking, items = (
-        search.for_product(vectors, norms).cpu().numpy()
+        search.for_product(vectors, norms, torch.empty_like(vectors, dtype=torch.float32)).cpu().numpy()
         for vectors, norms in ((search.queries, search.query_norms), (search.gallery, search.norms))
     )
     cells = min(int(4 * search.size**0.5), -(-search.size // 64))
@@ -468,16 +468,13 @@ class _Search:
         self.device = self.queries.device
         self.count, self.size = len(self.queries), len(self.gallery)
         self.available = self.size - self.to_itself
-        self.query_norms = torch.linalg.vector_norm(self.queries, dim=1, dtype=torch.float64)
-        self.norms = (
-            self.query_norms
-            if self.to_itself
-            else torch.linalg.vector_norm(self.gallery, dim=1, dtype=torch.float64)
-        )
+        self.query_norms = _norms(self.queries)
+        self.norms = self.query_norms if self.to_itself else _norms(self.gallery)
         groups = -(-self.size // _GROUP)
         self.columns = groups * _GROUP
-        rows = self.for_product(self.gallery, self.norms)
-        self.rows = torch.cat([rows, rows.new_zeros(self.columns - self.size, rows.shape[1])])
+        self.rows = torch.empty(self.columns, self.gallery.shape[1], device=self.device)
+        self.rows[self.size :] = 0
+        self.for_product(self.gallery, self.norms, out=self.rows[: self.size])
         self.squares = self.norms.square().float()
 
     def check_k(self, k: int) -> None:
@@ -486,10 +483,11 @@ class _Search:
                 f"k {k}: expected 1 to {self.available}, the gallery images that a query can find; choose a smaller k"
             )
 
-    def for_product(self, vectors: Tensor, norms: Tensor) -> Tensor:
+    def for_product(self, vectors: Tensor, norms: Tensor, out: Tensor) -> Tensor:
+        """The float32 vectors whose product is taken, in ``out``."""
         if self.similarity == "cosine":
-            return (vectors / norms.clamp_min(1e-12)[:, None].to(vectors.dtype)).float()
-        return vectors.float()
+            return torch.div(vectors, norms.clamp_min(1e-12)[:, None].to(vectors.dtype), out=out)
+        return out.copy_(vectors)
 
     def chunks(self, depth: int, chunk_size: int | None) -> Generator[tuple[range, _Block]]:
         """Rows of queries with their similarities to all of the gallery, which last until the next ones."""
@@ -505,7 +503,11 @@ class _Search:
             for start in range(0, self.count, size):
                 rows = range(start, min(start + size, self.count))
                 norms = self.query_norms[rows.start : rows.stop]
-                chunk = self.for_product(self.queries[rows.start : rows.stop], norms)
+                if self.to_itself:
+                    chunk = self.rows[rows.start : rows.stop]
+                else:
+                    asking = self.queries[rows.start : rows.stop]
+                    chunk = self.for_product(asking, norms, torch.empty_like(asking, dtype=torch.float32))
                 scores = buffer[: len(rows)]
                 if self.similarity == "euclidean":
                     torch.mm(chunk * 2, self.rows.T, out=scores)
@@ -636,6 +638,12 @@ class _Search:
                 product = product / lengths.clamp_min(1e-24)
             result[part] = product
         return result.view(columns.shape)
+
+
+def _norms(vectors: Tensor) -> Tensor:
+    """``(n,)`` float64 lengths; a part at a time, since the whole in float64 would take twice the memory."""
+    parts = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in vectors.split(128)]
+    return torch.cat(parts)
 
 
 def _vectors(name: str, values: Vectors) -> Tensor:

@@ -164,7 +164,9 @@ def figure(found: Mapping[tuple[str, int], GradientHistogram], epochs: Sequence[
     drawn = Figure(figsize=(6, 0.6 + 1.5 * len(epochs)), layout="constrained")
     panels = drawn.subplots(len(epochs), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     edges = np.asarray(EDGES)
-    held = [(edges[:-1][h.counts > 0], edges[1:][h.counts > 0]) for h in found.values() if h.counts.any()]
+    # All but a thousandth of the entries at either end: a few tiny ones would squeeze the rest.
+    shares = [h.counts.cumsum() / h.counts.sum() for h in found.values() if h.counts.any()]
+    held = [edges[np.searchsorted(share, (1e-3, 1 - 1e-3))] for share in shares]
     for panel, epoch in zip(panels, epochs):
         for arm, colour in COLOURS.items():
             histogram = found[arm, epoch]
@@ -175,7 +177,7 @@ def figure(found: Mapping[tuple[str, int], GradientHistogram], epochs: Sequence[
         panel.set_ylabel(f"epoch {epoch}")
         panel.grid(alpha=0.3)
     if held:
-        panels[0].set_xlim(min(low.min() for low, _ in held) - 0.3, max(high.max() for _, high in held) + 0.3)
+        panels[0].set_xlim(min(low for low, _ in held) - 0.3, max(high for _, high in held) + 0.4)
     panels[0].legend(frameon=False)
     panels[-1].set_xlabel("log10 |dL/dE|   (dashed: median)")
     return drawn
