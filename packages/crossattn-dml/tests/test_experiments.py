@@ -111,10 +111,11 @@ def test_main_and_evidence_compare_the_same_runs(changes, tmp_path):
     assert main(["reproduce", "main", *changes, "--seeds", "0", "1", "--out", str(tmp_path / "m")]) == 0
     rows = {row["model"]: row for row in table(tmp_path / "m")["rows"]}
     assert rows["with blocks"]["R@1"]["n"] == 2
-    arguments = ["reproduce", "evidence", *changes, "--seeds", "0", "1", "--controls", "1.5"]
+    arguments = ["reproduce", "evidence", *changes, "--seeds", "0", "1", "--controls", "1.5", "--rerank", "5"]
     assert main([*arguments, "--out", str(tmp_path / "e")]) == 0
     found = {row["model"]: row for row in table(tmp_path / "e")["rows"]}
-    assert list(found) == ["baseline", "baseline, lr x1.5", "method"]
+    assert list(found) == ["baseline", "baseline, lr x1.5", "method", "method, re-ranked 5"]
+    assert found["method, re-ranked 5"]["R@8"]["mean"] == pytest.approx(found["method"]["R@8"]["mean"])
     for name in ("R@1", "mAP@R"):
         assert found["method"][name]["mean"] == pytest.approx(rows["with blocks"][name]["mean"])
     records = [row for row in table(tmp_path / "e")["records"] if row["row"] == "method"]

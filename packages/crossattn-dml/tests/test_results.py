@@ -15,7 +15,16 @@ def table(found: dict) -> str:
     return markdown_table(shown_rows(rows, dict.fromkeys(COLUMNS, 2)))
 
 
-@pytest.mark.parametrize("name", ["evidence_grocery_vit"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "evidence_grocery_vit",
+        "evidence_grocery_mobilenet",
+        "evidence_grocery_mobilenet_224",
+        "evidence_products",
+        "evidence_tiny",
+    ],
+)
 def test_readme_shows_the_results(name):
     results, readme = PACKAGE / "results" / f"{name}.json", PACKAGE / "README.md"
     if not readme.is_file():

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 from attnmap_core import cli
 from attnmap_core.errors import InputError
-from attnmap_core.experiments import RunOptions
+from attnmap_core.experiments import Run, RunOptions
 from attnmap_core.files import read_json, write_json
 from attnmap_core.recipes import run_record
 
+from ..rerank import rerank_data
 from .main_results import percents, table_rows
-from .runs import BASELINE, METHOD, finished_together, recipe_config, scale_note, write_results
+from .runs import BASELINE, METHOD, finished_together, open_model, recipe_config, scale_note, write_results
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +185,8 @@ class EvidenceOptions(RunOptions):
     """Also divide the classes anew by each seed (recipes with class_split random)."""
     controls: tuple[float, ...] = (0.5, 1.5)
     """Factors of the baseline's learning rate."""
+    rerank: int = 0
+    """Also show the method with so many first results ordered anew by the stack, an extension at test time."""
     jobs: int = 1
     """Runs at once, for machines with many cores; the numbers are the same."""
     out: Path = Path("runs/evidence")
@@ -204,7 +207,10 @@ def evidence_command(arguments: list[str]) -> None:
             varied = {**changes, "split_seed": seed} if options.vary_classes else changes
             asked.append((options.out / "runs" / slug(varied), seed, varied))
     runs = finished_together(options, options.recipe, asked, options.jobs)
-    measured = {row: [percents(run) for run in runs[place :: len(rows)]] for place, row in enumerate(rows)}
+    of_row = {row: runs[place :: len(rows)] for place, row in enumerate(rows)}
+    measured = {row: [percents(run.metrics["metrics"]) for run in found] for row, found in of_row.items()}
+    if options.rerank:
+        measured[f"method, re-ranked {options.rerank}"] = [reranked(run, options) for run in of_row["method"]]
     config = recipe_config(options.recipe, options.overrides())
     if options.vary_classes and config.class_split != "random":
         logger.warning(
@@ -218,7 +224,7 @@ def evidence_command(arguments: list[str]) -> None:
         notes=[
             f"{len(options.seeds)} {what}, equal epochs and batches, last epoch: mean ± standard deviation. "
             f"Differences are to {next(iter(rows))}, paired by seed, with a 95 % interval of Student's t; "
-            f"{len(rows) - 1} comparisons, not corrected for their number.",
+            f"{len(measured) - 1} comparisons, not corrected for their number.",
             *(f"{row}: {shown_changes(changes)}." for row, changes in rows.items()),
             scale_note(config),
         ],
@@ -229,6 +235,15 @@ def evidence_command(arguments: list[str]) -> None:
             for row, several in measured.items()
             for seed, values in zip(options.seeds, several)
         ],
+    )
+
+
+def reranked(run: Run, options: EvidenceOptions) -> dict[str, float]:
+    """What :func:`percents` gives, after the first results were ordered anew by the stack of a run."""
+    data, folder = run.config.load(), run.folder / "model"
+    model = open_model(folder, options.device)
+    return percents(
+        rerank_data(model, folder, data.query, data.gallery, count=options.rerank, ks=run.config.ks)
     )
 
 

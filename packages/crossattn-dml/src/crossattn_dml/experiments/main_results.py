@@ -46,7 +46,7 @@ def main_command(arguments: list[str]) -> None:
                 finished(options, options.out / arm.replace(" ", "-"), options.recipe, seed, **changes)
             )
     config = recipe_config(options.recipe, options.overrides())
-    measured = {arm: [percents(run) for run in found] for arm, found in runs.items()}
+    measured = {arm: [percents(run.metrics["metrics"]) for run in found] for arm, found in runs.items()}
     rows = table_rows(measured)
     published = published_rows(config.data)
     write_results(
@@ -69,9 +69,8 @@ def main_command(arguments: list[str]) -> None:
     )
 
 
-def percents(run: Run) -> dict[str, float]:
+def percents(found: Mapping[str, float]) -> dict[str, float]:
     """The metrics of a run's last epoch by their titles, in percent."""
-    found: dict[str, float] = run.metrics["metrics"]
     last = {name.removeprefix("last_"): value for name, value in found.items() if name.startswith("last_")}
     return {
         title_of(name): 100 * value for name, value in (last or found).items() if not name.endswith("_std")
