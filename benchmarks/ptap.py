@@ -13,29 +13,20 @@ rounds: of processor time on a CPU, of the clock on a GPU. Only ratios compare b
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import resource
-import statistics
 import sys
-import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
+from _harness import DEVICE, Benchmark, in_turns
 from contrastive_cam import ContrastiveCAM, ptap
 from contrastive_cam.pooling import kept_channels, plain_pool
 from contrastive_cam.task import ColocalizationTask
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results" / "ptap.json"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ROW = "{case:44} {peer:>12} {ours_ms:>9.3f} {peer_ms:>10.3f} {ratio:>8.2f}x {difference:>10}"
 SHAPES = ((8, 2048, 14), (8, 2048, 7), (32, 512, 14))
+CALLS = 20 if DEVICE.type == "cuda" else 1
+"""Of a pooling within a turn: a single one would time the launch."""
 RATIOS = (0.1, 0.5, 0.7, 1.0)
 
 Pool = Callable[[Tensor, float], Tensor]
@@ -116,30 +107,6 @@ def saved_share(F: Tensor, ratio: float) -> float:
     return sum(kept) / (F.numel() * F.element_size())
 
 
-def milliseconds(work: Callable[[], object]) -> float:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(20):
-            work()
-        torch.cuda.synchronize()
-        return 50 * (time.perf_counter() - start)
-    start = time.process_time()  # other jobs on the machine do not count
-    work()
-    return 1000 * (time.process_time() - start)
-
-
-def in_turns(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each; one round to warm up."""
-    found: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(rounds + 1):
-        for name, work in works.items():
-            elapsed = milliseconds(work)
-            if turn:
-                found[name].append(elapsed)
-    return {name: statistics.median(values) for name, values in found.items()}
-
-
 def both_ways(pool: Pool, F: Tensor, ratio: float) -> None:
     A = pool(F, ratio)
     torch.autograd.grad(A, F, torch.ones_like(A))
@@ -161,33 +128,9 @@ def training_step(photos: int, task: ColocalizationTask, **options: Any) -> Call
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="the median of so many is reported")
-    parser.add_argument("--quick", action="store_true", help="the first shape and the ratio 0.7 alone")
-    parser.add_argument(
-        "--no-check", action="store_true", help="report only; otherwise a missed goal is exit code 1"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-
-    packages = ("contrastive-cam", "torch", "numba", "numpy")
-    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
-    rows: list[dict[str, Any]] = []
-    goals: list[tuple[str, float, float, bool]] = []  # name, reached, wanted, at least (or at most)
-
-    def row(case: str, ms: float, peer: str, theirs: float, difference: float | None = None) -> float:
-        rows.append({
-            "subject": "ptap", "case": case, "ours_ms": round(ms, 4), "peer": peer, "peer_ms": round(theirs, 4),
-            "ratio": round(theirs / ms, 3), "max_abs_diff": difference,
-            "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1), "threads": 1,
-            "load": round(os.getloadavg()[0], 2), "device": DEVICE.type, "versions": versions,
-        })  # fmt: skip
-        shown = "–" if difference is None else f"{difference:.0e}"
-        print(ROW.format(**rows[-1], difference=shown), flush=True)
-        return theirs / ms
-
-    print(f"{'case':44} {'peer':>12} {'ours ms':>9} {'peer ms':>10} {'ratio':>9} {'difference':>10}")
+    bench = Benchmark(__file__, __doc__, packages=("contrastive-cam", "torch", "numba", "numpy"), rounds=5)
+    bench.parser.add_argument("--quick", action="store_true", help="the first shape and the ratio 0.7 alone")
+    options = bench.start(arguments)
     for b, c, side in SHAPES[:1] if options.quick else SHAPES:
         for relu in (False, True):
             F = features(b, c, side, relu)
@@ -202,33 +145,30 @@ def main(arguments: list[str] | None = None) -> int:
                 assert max(differences.values()) < 1e-9, differences
                 with torch.no_grad():
                     pools = {"ours": ptap, **PEERS, "mean": mean}
-                    ms = in_turns(
-                        {name: lambda f=f, F=F, r=ratio: f(F, r) for name, f in pools.items()}, options.rounds
-                    )
+                    works = {name: lambda f=f, F=F, r=ratio: f(F, r) for name, f in pools.items()}
+                    ms = in_turns(works, options.rounds, times=dict.fromkeys(works, CALLS))
                 for peer in (*PEERS, "mean"):
-                    reached = row(f"forward, {case}", ms["ours"], peer, ms[peer], differences.get(peer))
+                    reached = bench.row(f"forward, {case}", ms["ours"], peer, ms[peer], differences.get(peer))
                     if peer == "topk" and main_case:
-                        goals.append((f"forward, {case}, against topk", reached, 3.5, True))
+                        bench.at_least(f"forward, {case}, against topk", reached, 3.5)
                 F.requires_grad_()
                 pools = {
                     "ours": ptap,
                     **{name: PEERS[name] for name in WITH_GRADIENT if name != "plain torch"},
                     "mean": mean,
                 }
-                ms = in_turns(
-                    {name: lambda f=f, F=F, r=ratio: both_ways(f, F, r) for name, f in pools.items()},
-                    options.rounds,
-                )
+                works = {name: lambda f=f, F=F, r=ratio: both_ways(f, F, r) for name, f in pools.items()}
+                ms = in_turns(works, options.rounds, times=dict.fromkeys(works, CALLS))
                 for peer in list(pools)[1:]:
-                    reached = row(f"both ways, {case}", ms["ours"], peer, ms[peer], differences.get(peer))
+                    reached = bench.row(
+                        f"both ways, {case}", ms["ours"], peer, ms[peer], differences.get(peer)
+                    )
                     if peer == "topk" and main_case:
-                        goals.append((f"both ways, {case}, against topk", reached, 2.0, True))
+                        bench.at_least(f"both ways, {case}, against topk", reached, 2.0)
                 if main_case:
                     share = saved_share(F, ratio)
-                    rows.append(
-                        {"subject": "ptap", "case": f"saved for backward, {case}", "share_of_input": share}
-                    )
-                    goals.append((f"saved for backward, {case}, of the input", share, 1.1, False))
+                    bench.note(f"saved for backward, {case}", share_of_input=share)
+                    bench.at_most(f"saved for backward, {case}, of the input", share, 1.1)
 
     photos = 4 if DEVICE.type == "cpu" else 32
     ms = in_turns(
@@ -239,19 +179,10 @@ def main(arguments: list[str] | None = None) -> int:
         2 if options.quick else options.rounds,
     )
     case = f"training step, SE-ResNet50, {2 * photos} images"
-    reached = row(case, ms["full"], "PsyNet", ms["PsyNet"])
-    goals.append((f"{case}, of PsyNet's", 1 / reached, 1.1, False))
+    reached = bench.row(case, ms["full"], "PsyNet", ms["PsyNet"])
+    bench.at_most(f"{case}, of PsyNet's", 1 / reached, 1.1)
 
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    missed = 0
-    for name, reached, limit, at_least in goals:
-        met = reached >= limit if at_least else reached <= limit
-        missed += not met
-        print(
-            f"{'reached' if met else 'MISSED ':8} {name}: {reached:.4g}, wanted {'>=' if at_least else '<='} {limit:g}"
-        )
-    return 1 if missed and not options.no_check else 0
+    return bench.finish()
 
 
 if __name__ == "__main__":

@@ -15,34 +15,21 @@ its memory. Only ratios compare between machines; the goals at the end are ratio
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
-import os
-import platform
-import resource
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 import faiss
 import numpy as np
 import torch
+from _harness import DEVICE, Benchmark, Work, in_turns, milliseconds, peak_megabytes
 from attnmap_core.metrics import recall_at_k
 from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN
 from torch.nn import functional
 
-RESULTS = Path(__file__).parent / "results" / "retrieval.json"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KS = (1, 2, 4, 8)
-ROW = "{case:20} {peer:>12} {ours_ms:>10.1f} {peer_ms:>10.1f} {ratio:>8.2f}x"
 
 
 def embeddings(n: int) -> tuple[torch.Tensor, np.ndarray]:
@@ -50,17 +37,6 @@ def embeddings(n: int) -> tuple[torch.Tensor, np.ndarray]:
     labels = rng.integers(0, n // 5, n)
     x = rng.standard_normal((n // 5, 512))[labels] * 0.35 + rng.standard_normal((n, 512))
     return torch.from_numpy(x.astype(np.float32)).to(DEVICE), labels
-
-
-def milliseconds(work: Callable[[], object]) -> float:
-    clock = time.process_time if DEVICE.type == "cpu" else time.perf_counter
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    start = clock()
-    work()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return 1000 * (clock() - start)
 
 
 def in_float64(x: torch.Tensor, labels: np.ndarray) -> dict[int, float]:
@@ -79,39 +55,23 @@ def alone(n: int) -> tuple[float, float, float]:
 
 def _alone_here(n: int) -> tuple[float, float, float]:
     x, labels = embeddings(n)
-    before = _peak()
+    before = peak_megabytes()
     elapsed = milliseconds(lambda: recall_at_k(x, labels, k=KS))
-    return elapsed, _peak(), before
-
-
-def _peak() -> float:
-    """MB at most so far; getrusage would still have the peak of the program that started this one."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) / 1024
+    return elapsed, peak_megabytes(), before
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3, help="the median of so many is reported")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[2500, 5000, 10000])
-    parser.add_argument(
+    packages = ("attnmap-core", "torch", "numpy", "pytorch-metric-learning", "faiss-cpu")
+    bench = Benchmark(__file__, __doc__, packages=packages, rounds=3)
+    bench.parser.add_argument("--sizes", type=int, nargs="+", default=[2500, 5000, 10000])
+    bench.parser.add_argument(
         "--large", type=int, default=60502, help="size of the case for memory; 0 leaves it out"
     )
-    parser.add_argument(
-        "--no-check", action="store_true", help="report only; otherwise a missed goal is exit code 1"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+    options = bench.start(arguments)
     faiss.omp_set_num_threads(1)
-    packages = ("attnmap-core", "torch", "numpy", "pytorch-metric-learning", "faiss-cpu")
-    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
 
     x, labels = embeddings(1000)
     assert recall_at_k(x, labels, k=KS) == in_float64(x, labels), "not equal to a float64 brute force"
-    rows: list[dict[str, Any]] = []
-    goals: list[tuple[str, float, float]] = []
-    print(f"{'case':20} {'peer':>12} {'ours ms':>10} {'peer ms':>10} {'ratio':>9}")
     for n in options.sizes:
         x, labels = embeddings(n)
         z, y = functional.normalize(x, dim=1), torch.from_numpy(labels).to(DEVICE)
@@ -131,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
             index.add(vectors)
             return index.search(vectors, max(KS) + 1)[1]
 
-        works: dict[str, Callable[[], object]] = {
+        works: dict[str, Work] = {
             "ours": lambda x=x, labels=labels: recall_at_k(x, labels, k=KS),
             "bare": bare,
             "faiss": flat,
@@ -139,47 +99,21 @@ def main(arguments: list[str] | None = None) -> int:
         ours = recall_at_k(x, labels, k=1, exclude_lone=True)
         for name, calculator in pml.items():
             assert abs(calculator.get_accuracy(z, y)["precision_at_1"] - ours) < 1e-9, name
-        ms: dict[str, list[float]] = {name: [] for name in works}
-        for turn in range(options.rounds + 1):
-            for name, work in works.items():
-                elapsed = milliseconds(work)
-                if turn:
-                    ms[name].append(elapsed)
-        median = {name: statistics.median(values) for name, values in ms.items()}
+        ms = in_turns(works, options.rounds)
         for peer in list(works)[1:]:
-            rows.append({
-                "subject": "retrieval", "case": f"N={n}, d=512", "ours_ms": round(median["ours"], 2), "peer": peer,
-                "peer_ms": round(median[peer], 2), "ratio": round(median[peer] / median["ours"], 3),
-                "max_abs_diff": 0.0 if peer.startswith("pml") else None,
-                "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1), "threads": 1,
-                "load": round(os.getloadavg()[0], 2), "device": DEVICE.type, "versions": versions,
-            })  # fmt: skip
-            print(ROW.format(**rows[-1]), flush=True)
+            bench.row(f"N={n}, d=512", ms["ours"], peer, ms[peer], 0.0 if peer in pml else None)
         if n == max(options.sizes):
-            goals = [
-                ("ours / bare product", median["ours"] / median["bare"], 1.15),
-                ("ours / pml + faiss", median["ours"] / median["pml + faiss"], 1.0),
-                ("ours / faiss", median["ours"] / median["faiss"], 1.0),
-            ]
+            bench.at_most("ours / bare product", ms["ours"] / ms["bare"], 1.15)
+            bench.at_most("ours / pml + faiss", ms["ours"] / ms["pml + faiss"], 1.0)
+            bench.at_most("ours / faiss", ms["ours"] / ms["faiss"], 1.0)
     if options.large:
         elapsed, peak, before = alone(options.large)
-        rows.append({
-            "subject": "retrieval", "case": f"N={options.large}, d=512", "ours_ms": round(elapsed, 2), "peer": None,
-            "peer_ms": None, "ratio": None, "max_abs_diff": None, "peak_mb": round(peak, 1),
-            "before_mb": round(before, 1), "load": round(os.getloadavg()[0], 2), "device": DEVICE.type,
-            "versions": versions,
-        })  # fmt: skip
+        bench.note(f"alone, N={options.large}, d=512", ours_ms=elapsed, peak_mb=peak, before_mb=before)
         print(
-            f"N={options.large} alone: {elapsed / 1000:.0f} s, {peak:.0f} MB at most, {before:.0f} MB before the search"
+            f"N={options.large}: {elapsed / 1000:.0f} s, {peak:.0f} MB at most, {before:.0f} MB before the search"
         )
-        goals.append((f"MB at most, N={options.large}", peak, 2048))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    missed = 0
-    for name, reached, limit in goals:
-        missed += reached > limit
-        print(f"{'MISSED ' if reached > limit else 'reached':8} {name}: {reached:.3f}, wanted <= {limit:g}")
-    return 1 if missed and not options.no_check else 0
+        bench.at_most(f"MB at most, N={options.large}", peak, 2048)
+    return bench.finish()
 
 
 if __name__ == "__main__":

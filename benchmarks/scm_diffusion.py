@@ -18,33 +18,24 @@ Only ratios compare between machines; the goals at the end are ratios.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import os
-import platform
-import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from _harness import DEVICE, Benchmark, in_turns
 from scm_wsol import SCM, TSCAM, stencil
 from scm_wsol.calibration import ALPHA, dense_diffusion
 from scm_wsol.stencil import stencil_diffusion
 from scm_wsol.task import ClassificationTask
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results" / "scm_diffusion.json"
 CHANNELS = 200
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = {14: 8, 28: 2, 37: 1}
 """Images of a batch, by side of the grid: as many as the dense form does in a second or few."""
-ROW = "{case:44} {peer:>12} {ours_ms:>9.2f} {peer_ms:>10.2f} {ratio:>8.2f}x {difference:>10}"
 
 Layer = Callable[..., Tensor]
 
@@ -97,31 +88,6 @@ def saved_mb(layer: Layer, given: tuple[Tensor, Tensor, Tensor], options: dict[s
         d = layer(*given, alpha=ALPHA, **options)
     assert d.requires_grad
     return sum(size for _, size in kept.values()) / 1e6 / len(given[0])
-
-
-def milliseconds(work: Callable[[], object]) -> float:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        return 1000 * (time.perf_counter() - start)
-    start = time.process_time()  # other jobs on the machine do not count
-    work()
-    return 1000 * (time.process_time() - start)
-
-
-def in_turns(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each; a short one runs again within its turn until 50 ms are over."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(rounds + 1):
-        for name, work in works.items():
-            elapsed = [milliseconds(work)]
-            while sum(elapsed) < 50:
-                elapsed.append(milliseconds(work))
-            if turn:  # the first round warms up
-                times[name].append(statistics.fmean(elapsed))
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def training_step(method: str, backbone: str, batch: int) -> Callable[[], object]:
@@ -186,35 +152,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="the median of so many is reported")
-    parser.add_argument("--no-steps", action="store_true", help="leave the whole training steps out")
-    parser.add_argument(
-        "--no-check", action="store_true", help="report only; otherwise a missed goal is exit code 1"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-
     packages = ("scm-wsol", "attnmap-core", "torch", "numba", "numpy", "timm")
-    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
-    rows: list[dict[str, Any]] = []
-    goals: list[tuple[str, float, float, bool]] = []  # name, reached, wanted, at least (or at most)
+    bench = Benchmark(__file__, __doc__, packages=packages, rounds=5)
+    bench.parser.add_argument("--no-steps", action="store_true", help="leave the whole training steps out")
+    options = bench.start(arguments)
 
-    def row(
-        case: str, ours: float, peer: str, theirs: float, difference: float | None = None, **more: Any
-    ) -> float:
-        rows.append({
-            "subject": "scm_diffusion", "case": case, "ours_ms": round(ours, 3), "peer": peer,
-            "peer_ms": round(theirs, 3), "ratio": round(theirs / ours, 3), "max_abs_diff": difference,
-            "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1), "threads": 1,
-            "load": round(os.getloadavg()[0], 2), "device": DEVICE.type, "versions": versions, **more,
-        })  # fmt: skip
-        shown = "–" if difference is None else f"{difference:.0e}"
-        print(ROW.format(**rows[-1], difference=shown), flush=True)
-        return theirs / ours
-
-    print(f"{'case':44} {'peer':>12} {'ours ms':>9} {'peer ms':>10} {'ratio':>9} {'difference':>10}")
     wanted = {14: (10, 5), 28: (80, 20), 37: (300, 35)}
     growth: list[tuple[int, float]] = []
     for side, batch in SIZES.items():
@@ -224,12 +166,12 @@ def main(arguments: list[str] | None = None) -> int:
             differences = {peer: largest_difference(peer, side, case) for peer in ("dense", "doubled")}
             assert max(differences.values()) < 1e-9, differences
             works = {peer: lambda f=layer, g=given, o=case: run(f, g, o) for peer, layer in LAYERS.items()}
-            ms = in_turns(works, max(options.rounds if side == 14 else options.rounds - 2, 1))
+            ms = in_turns(works, max(options.rounds if side == 14 else options.rounds - 2, 1), least_ms=50)
             saved = {peer: saved_mb(layer, given, case) for peer, layer in LAYERS.items()}
             for peer in ("dense", "doubled"):
                 more: dict[str, Any] = {"patches": side * side, "images": batch}
                 more |= {"saved_mb": round(saved["ours"], 3), "peer_saved_mb": round(saved[peer], 3)}
-                ratio = row(
+                ratio = bench.row(
                     f"p=4, {side} x {side}, batch {batch}, {name}",
                     ms["ours"],
                     peer,
@@ -238,23 +180,23 @@ def main(arguments: list[str] | None = None) -> int:
                     **more,
                 )
                 if peer == "dense" and detach:
-                    goals.append((f"layer, k={side}", ratio, wanted[side][0], True))
-                    goals.append(
-                        (f"saved memory, k={side}", saved["dense"] / saved["ours"], wanted[side][1], True)
-                    )
+                    bench.at_least(f"layer, k={side}", ratio, wanted[side][0])
+                    bench.at_least(f"saved memory, k={side}", saved["dense"] / saved["ours"], wanted[side][1])
                     print(
                         f"{'':8}saved per image: ours {saved['ours']:.2f} MB, dense {saved['dense']:.2f} MB"
                     )
     for side in (14, 20, 28, 37, 52):  # the same batch for all: time against n
         given, case = inputs(side, 4), {"iterations": 4, "detach_init": True}
-        ms = in_turns({"ours": lambda g=given, o=case: run(stencil_diffusion, g, o)}, options.rounds)["ours"]
+        ms = in_turns(
+            {"ours": lambda g=given, o=case: run(stencil_diffusion, g, o)}, options.rounds, least_ms=50
+        )["ours"]
         growth.append((side * side, ms))
     logs = [(math.log(n), math.log(ms)) for n, ms in growth]
     mean_x, mean_y = (statistics.fmean(values) for values in zip(*logs))
     exponent = sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
-    rows.append({"subject": "scm_diffusion", "case": "growth, batch 4", "n_ms": growth, "exponent": exponent})
+    bench.note("growth, batch 4", n_ms=growth, exponent=exponent)
     print("growth: " + ", ".join(f"n={n} {ms:.2f} ms" for n, ms in growth) + f"; exponent {exponent:.2f}")
-    goals.append(("growth exponent in n", exponent, 1.2, False))
+    bench.at_most("growth exponent in n", exponent, 1.2)
 
     for side, batch in SIZES.items():
         case = {"iterations": 16, "detach_init": True}
@@ -262,9 +204,11 @@ def main(arguments: list[str] | None = None) -> int:
         difference = largest_difference("dense" if side == 14 else "doubled", side, case)
         names = ("ours", "dense", "doubled") if side == 14 else ("ours", "doubled")
         works = {peer: lambda f=LAYERS[peer], g=given, o=case: run(f, g, o) for peer in names}
-        ms = in_turns(works, 2)
+        ms = in_turns(works, 2, least_ms=50)
         for peer in names[1:]:
-            row(f"p=16, {side} x {side}, batch {batch}, constant V0", ms["ours"], peer, ms[peer], difference)
+            bench.row(
+                f"p=16, {side} x {side}, batch {batch}, constant V0", ms["ours"], peer, ms[peer], difference
+            )
 
     if not options.no_steps:
         most = {"deit_tiny_patch16_224": 1.15, "deit_small_patch16_224": 1.08}
@@ -275,20 +219,11 @@ def main(arguments: list[str] | None = None) -> int:
             short = "ViT-Tiny" if "tiny" in backbone else "ViT-Small"
             for peer in methods:
                 if peer != "SCM":
-                    row(f"training step, {short}, batch 16: SCM", ms["SCM"], peer, ms[peer])
-            goals.append((f"{short} step, SCM / TS-CAM", ms["SCM"] / ms["TS-CAM"], limit, False))
+                    bench.row(f"training step, {short}, batch 16: SCM", ms["SCM"], peer, ms[peer])
+            bench.at_most(f"{short} step, SCM / TS-CAM", ms["SCM"] / ms["TS-CAM"], limit)
 
-    plot(rows, options.out.with_suffix(".png"))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    missed = 0
-    for name, reached, limit, at_least in goals:
-        met = reached >= limit if at_least else reached <= limit
-        missed += not met
-        print(
-            f"{'reached' if met else 'MISSED ':8} {name}: {reached:.2f}, wanted {'>=' if at_least else '<='} {limit:g}"
-        )
-    return 1 if missed and not options.no_check else 0
+    plot(bench.rows, options.out.with_suffix(".png"))
+    return bench.finish()
 
 
 if __name__ == "__main__":

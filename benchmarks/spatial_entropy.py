@@ -21,24 +21,17 @@ are counted with the profiler. Only ratios compare between machines; the goals a
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import os
-import platform
-import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import timm
 import torch
+from _harness import DEVICE, Benchmark, in_turns
 from kornia.contrib import connected_components, connected_components_union_find
 from sar_vit import SpatialEntropyLoss, apply_sar, spatial_entropy, spatial_entropy_loss
 from sar_vit.entropy import plain_entropy
@@ -46,10 +39,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
 
-RESULTS = Path(__file__).parent / "results" / "spatial_entropy.json"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EPS = 1e-9
-ROW = "{case:40} {peer:>12} {ours_ms:>9.3f} {peer_ms:>10.3f} {ratio:>8.2f}x {difference:>10}"
 
 Loss = Callable[[Tensor], Tensor]
 
@@ -171,33 +161,6 @@ def forward_backward(loss: Loss, S: Tensor) -> None:
     torch.autograd.grad(loss(S), S)
 
 
-def milliseconds(work: Callable[[], object], times: int) -> float:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(times):
-            work()
-        torch.cuda.synchronize()
-        return 1000 * (time.perf_counter() - start) / times
-    start = time.process_time()  # other jobs on the machine do not count
-    for _ in range(times):
-        work()
-    return 1000 * (time.process_time() - start) / times
-
-
-def in_turns(
-    works: dict[str, Callable[[], object]], rounds: int, times: dict[str, int] | None = None
-) -> dict[str, float]:
-    """Median milliseconds of each; one round to warm up. Quick ones run several ``times`` in a round."""
-    found: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(rounds + 1):
-        for name, work in works.items():
-            elapsed = milliseconds(work, (times or {}).get(name, 1))
-            if turn:
-                found[name].append(elapsed)
-    return {name: statistics.median(values) for name, values in found.items()}
-
-
 def training_step(kind: str, batch: int) -> Callable[[], object]:
     """Forward, backward and AdamW of one batch; all kinds have the same last block and start from the same weights."""
     torch.manual_seed(0)
@@ -229,34 +192,12 @@ def copies_to_host(S: Tensor) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="the median of so many is reported")
-    parser.add_argument("--no-steps", action="store_true", help="leave the whole training steps out")
-    parser.add_argument(
-        "--no-check", action="store_true", help="report only; otherwise a missed goal is exit code 1"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+    packages = ("sar-vit", "torch", "numba", "numpy", "scipy", "timm", "kornia", "opencv-python-headless")
+    bench = Benchmark(__file__, __doc__, packages=packages, rounds=7)
+    bench.parser.add_argument("--no-steps", action="store_true", help="leave the whole training steps out")
+    options = bench.start(arguments)
     cv2.setNumThreads(1)
 
-    packages = ("sar-vit", "torch", "numba", "numpy", "scipy", "timm", "kornia", "opencv-python-headless")
-    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
-    rows: list[dict[str, Any]] = []
-    goals: list[tuple[str, float, float, bool]] = []  # name, reached, wanted, at least (or at most)
-
-    def row(case: str, ms: float, peer: str, theirs: float, difference: float | None = None) -> float:
-        rows.append({
-            "subject": "spatial_entropy", "case": case, "ours_ms": round(ms, 4), "peer": peer,
-            "peer_ms": round(theirs, 4), "ratio": round(theirs / ms, 3), "max_abs_diff": difference,
-            "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1), "threads": 1,
-            "load": round(os.getloadavg()[0], 2), "device": DEVICE.type, "versions": versions,
-        })  # fmt: skip
-        shown = "–" if difference is None else f"{difference:.0e}"
-        print(ROW.format(**rows[-1], difference=shown), flush=True)
-        return theirs / ms
-
-    print(f"{'case':40} {'peer':>12} {'ours ms':>9} {'peer ms':>10} {'ratio':>9} {'difference':>10}")
     peers: dict[str, Loss] = {
         "published": published,
         "scipy": scipy_labels,
@@ -277,27 +218,23 @@ def main(arguments: list[str] | None = None) -> int:
             }
             assert max(differences.values()) < 1e-9, differences
             works = {name: lambda f=loss, S=S: forward_backward(f, S) for name, loss in candidates.items()}
-            ms = in_turns(works, options.rounds, {"ours": 10 if b * k < 1000 else 3})
+            ms = in_turns(works, options.rounds, times={"ours": 10 if b * k < 1000 else 3})
             per_pixel[b, heads, k] = 1e6 * ms["ours"] / S.numel()
             for peer, difference in differences.items():
-                ratio = row(f"loss, B={b}, H={heads}, k={k}", ms["ours"], peer, ms[peer], difference)
+                ratio = bench.row(f"loss, B={b}, H={heads}, k={k}", ms["ours"], peer, ms[peer], difference)
                 if peer == "published" and b >= 64 and k == 14:
-                    goals.append((f"loss, B={b}, k={k}, against published", ratio, 15, True))
+                    bench.at_least(f"loss, B={b}, k={k}, against published", ratio, 15)
 
     print("cost of a pixel: " + ", ".join(f"B={b} k={k} {ns:.1f} ns" for (b, _, k), ns in per_pixel.items()))
-    rows.append({
-        "subject": "spatial_entropy", "case": "cost of a pixel, ns",
-        "by_batch_and_side": [[b, k, round(ns, 2)] for (b, _, k), ns in per_pixel.items()],
-    })  # fmt: skip
+    by_size = [[b, k, round(ns, 2)] for (b, _, k), ns in per_pixel.items()]
+    bench.note("cost of a pixel, ns", by_batch_and_side=by_size)
     # Flat once the maps outweigh the fixed cost of a call: slope of log cost against log pixels.
     large = {key: ns for key, ns in per_pixel.items() if key[0] >= 64 and key[2] >= 14}
     points = [(math.log(b * h * k * k), math.log(ns)) for (b, h, k), ns in large.items()]
     mean_x, mean_y = (statistics.fmean(values) for values in zip(*points))
     slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
-    goals.append(("growth of a pixel's cost, exponent", slope, 0.15, False))
-    goals.append(
-        ("a pixel at B=128 k=28 / at B=64 k=14", large[128, heads, 28] / large[64, heads, 14], 1.3, False)
-    )
+    bench.at_most("growth of a pixel's cost, exponent", slope, 0.15)
+    bench.at_most("a pixel at B=128 k=28 / at B=64 k=14", large[128, heads, 28] / large[64, heads, 14], 1.3)
 
     if not options.no_steps:
         batch = 128 if DEVICE.type == "cuda" else 8
@@ -305,36 +242,28 @@ def main(arguments: list[str] | None = None) -> int:
         works = {"plain": training_step("plain", batch), "sar": training_step("sar", batch)}
         works["loss"] = lambda: forward_backward(ours, S)
         works["published"] = lambda: forward_backward(published, S)
-        ms = in_turns(works, max(options.rounds, 9), {"loss": 50, "published": 5})
-        row(f"ViT-S/16 step, batch {batch}: with SAR", ms["sar"], "plain step", ms["plain"])
-        row(f"ViT-S/16 step, batch {batch}: the loss in it", ms["loss"], "published", ms["published"])
+        ms = in_turns(works, max(options.rounds, 9), times={"loss": 50, "published": 5})
+        bench.row(f"ViT-S/16 step, batch {batch}: with SAR", ms["sar"], "plain step", ms["plain"])
+        bench.row(f"ViT-S/16 step, batch {batch}: the loss in it", ms["loss"], "published", ms["published"])
         print(
             f"of the step: loss {100 * ms['loss'] / ms['plain']:.4f} %, "
             f"published {100 * ms['published'] / ms['plain']:.4f} %"
         )
-        rows.append({
-            "subject": "spatial_entropy", "case": f"percent of a ViT-S/16 step, batch {batch}",
-            "ours_percent": 100 * ms["loss"] / ms["plain"], "published_percent": 100 * ms["published"] / ms["plain"],
-        })  # fmt: skip
+        percent = {
+            f"{name}_percent": 100 * ms[of] / ms["plain"]
+            for name, of in (("ours", "loss"), ("published",) * 2)
+        }
+        bench.note(f"percent of a ViT-S/16 step, batch {batch}", **percent)
         most = 1.0 if DEVICE.type == "cuda" else 0.05
-        goals.append(("loss, percent of a step", 100 * ms["loss"] / ms["plain"], most, False))
-        goals.append(("step with SAR / plain step", ms["sar"] / ms["plain"], 1.02, False))
+        bench.at_most("loss, percent of a step", 100 * ms["loss"] / ms["plain"], most)
+        bench.at_most("step with SAR / plain step", ms["sar"] / ms["plain"], 1.02)
 
     if DEVICE.type == "cuda":
-        goals.append(("copies from device to host", copies_to_host(maps(128, heads, 14)), 0, False))
+        bench.at_most("copies from device to host", copies_to_host(maps(128, heads, 14)), 0)
     else:
         print("copies from device to host: not counted, there is no CUDA device")
 
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    missed = 0
-    for name, reached, limit, at_least in goals:
-        met = reached >= limit if at_least else reached <= limit
-        missed += not met
-        print(
-            f"{'reached' if met else 'MISSED ':8} {name}: {reached:.4g}, wanted {'>=' if at_least else '<='} {limit:g}"
-        )
-    return 1 if missed and not options.no_check else 0
+    return bench.finish()
 
 
 if __name__ == "__main__":

@@ -17,30 +17,21 @@ ratios compare between machines; the goals at the end are ratios.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import resource
-import statistics
 import sys
-import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+from _harness import Benchmark, Work, in_turns
 from attnmap_core.boxes import box_iou, score_map_to_uint8, threshold_levels, upsample_score_map
 from attnmap_core.metrics import best_iou_curve
 from attnmap_core.metrics.localization import pixel_histograms, wsol_thresholds
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
-RESULTS = Path(__file__).parent / "results" / "wsol_evaluation.json"
 CONTOURS = {"V1": "largest", "V2": "all"}
-ROW = "{case:40} {peer:>10} {ours_ms:>9.2f} {peer_ms:>10.2f} {ratio:>8.1f}x"
 
 Curve = Callable[[NDArray[np.uint8], NDArray[np.int64], NDArray[np.float64], bool], NDArray[np.float64]]
 
@@ -147,20 +138,8 @@ def measure(
         name: lambda curve=curve: [curve(values, truth, thresholds, every) for values, truth in inputs]
         for name, curve in candidates.items()
     }
-    return in_turns(works, rounds, len(inputs)), worst
-
-
-def in_turns(works: dict[str, Callable[[], object]], rounds: int, images: int) -> dict[str, float]:
-    """Median CPU milliseconds per image; a short one runs again within its turn until 100 ms are over."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(rounds):
-        for name, work in works.items():
-            runs, start, elapsed = 0, time.process_time(), 0.0  # other jobs on the machine do not count
-            while elapsed < 0.1:
-                work()
-                runs, elapsed = runs + 1, time.process_time() - start
-            times[name].append(1000 * elapsed / runs / images)
-    return {name: statistics.median(values) for name, values in times.items()}
+    ms = in_turns(works, rounds, least_ms=100)
+    return {name: value / len(inputs) for name, value in ms.items()}, worst
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -188,35 +167,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--images", type=int, default=4, help="maps of each kind")
-    parser.add_argument("--rounds", type=int, default=3, help="the median of so many is reported")
-    parser.add_argument("--thresholds", type=int, default=1000, help="of arange(0, 1, 1/thresholds)")
-    parser.add_argument(
-        "--no-check", action="store_true", help="report only; otherwise a missed goal is exit code 1"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args(arguments)
-
-    cv2.setNumThreads(1)
     packages = ("attnmap-core", "numpy", "numba", "opencv-python-headless")
-    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
-    rows: list[dict[str, Any]] = []
-
-    def row(case: str, ours_ms: float, peer: str, peer_ms: float, difference: float, **more: Any) -> float:
-        rows.append({
-            "subject": "wsol_evaluation", "case": case, "ours_ms": round(ours_ms, 3), "peer": peer,
-            "peer_ms": round(peer_ms, 3), "ratio": round(peer_ms / ours_ms, 2), "max_abs_diff": difference,
-            # Of the process so far, peers included.
-            "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1), "threads": 1,
-            "load": round(os.getloadavg()[0], 2), "versions": versions, **more,
-        })  # fmt: skip
-        print(ROW.format(**rows[-1]), flush=True)
-        return peer_ms / ours_ms
+    bench = Benchmark(__file__, __doc__, packages=packages, rounds=3)
+    bench.parser.add_argument("--images", type=int, default=4, help="maps of each kind")
+    bench.parser.add_argument("--thresholds", type=int, default=1000, help="of arange(0, 1, 1/thresholds)")
+    options = bench.start(arguments)
+    cv2.setNumThreads(1)
 
     ratios: dict[tuple[str, str, str], float] = {}
     own: dict[tuple[str, str, int, int], float] = {}
-    print(f"{'case':40} {'peer':>10} {'ours ms':>9} {'peer ms':>10} {'ratio':>9}")
     for k, (kind, side, count, images, peers) in enumerate(cases(options.images, options.thresholds)):
         inputs = [(make_map(kind, side, seed), make_boxes(side, seed)) for seed in range(images)]
         for term, contours in CONTOURS.items():
@@ -228,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
             for peer in peers:
                 case = f"{term} {kind}, {side} px, {count} thr."
                 more = {"kind": kind, "term": term, "growth": k >= 5}
-                ratio = row(case, ms["ours"], peer, ms[peer], worst, **more)
+                ratio = bench.row(case, ms["ours"], peer, ms[peer], worst, **more)
                 if k < 5:
                     ratios[term, kind, peer] = ratio
     thresholds = wsol_thresholds(1 / options.thresholds)
@@ -239,51 +198,28 @@ def main(arguments: list[str] | None = None) -> int:
         pixel_histograms(score_map, mask, thresholds), numpy_pixel_histograms(score_map, mask, thresholds)
     )
     assert all(np.array_equal(a, b) for a, b in pairs)
-    works: dict[str, Callable[[], object]] = {
+    works: dict[str, Work] = {
         "ours": lambda: pixel_histograms(score_map, mask, thresholds),
         "numpy": lambda: numpy_pixel_histograms(score_map, mask, thresholds),
     }
-    ms = in_turns(works, options.rounds, 1)
-    histograms = row(
+    ms = in_turns(works, options.rounds, least_ms=100)
+    histograms = bench.row(
         f"PxAP histograms, 224 px, {options.thresholds} thr.", ms["ours"], "numpy", ms["numpy"], 0.0
     )
 
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    plot(rows, options.out.with_suffix(".png"))
+    plot(bench.rows, options.out.with_suffix(".png"))
     ours_at = {kind: own["V2", kind, 224, options.thresholds] for kind in ("CAM 14x14", "white noise")}
-    goals = [
-        ("V2 CAM 14x14, published / ours", ratios["V2", "CAM 14x14", "published"], 30, True),
-        ("V2 attention 28x28, published / ours", ratios["V2", "attention 28x28", "published"], 50, True),
-        (
-            "V2 any kind, memo / ours",
-            min(r for (t, _, p), r in ratios.items() if (t, p) == ("V2", "memo")),
-            4,
-            True,
-        ),
-        (
-            "V1, published / ours",
-            min(r for (t, _, p), r in ratios.items() if (t, p) == ("V1", "published")),
-            20,
-            True,
-        ),
-        ("PxAP histograms, numpy / ours", histograms, 6, True),
-        (
-            "V2 time, 1000 / 10 thresholds",
-            ours_at["CAM 14x14"] / own["V2", "CAM 14x14", 224, 10],
-            1.15,
-            False,
-        ),
-        ("V2 time, white noise / CAM 14x14", ours_at["white noise"] / ours_at["CAM 14x14"], 3, False),
-    ]
-    missed = 0
-    for name, reached, limit, at_least in goals:
-        met = reached >= limit if at_least else reached <= limit
-        missed += not met
-        print(
-            f"{'reached' if met else 'MISSED ':8} {name}: {reached:.2f}, wanted {'>=' if at_least else '<='} {limit:g}"
-        )
-    return 1 if missed and not options.no_check else 0
+    for term, peer, wanted in (("V2", "memo", 4), ("V1", "published", 20)):
+        least = min(ratio for (t, _, p), ratio in ratios.items() if (t, p) == (term, peer))
+        bench.at_least(f"{term} any kind, {peer} / ours", least, wanted)
+    for kind, wanted in (("CAM 14x14", 30), ("attention 28x28", 50)):
+        bench.at_least(f"V2 {kind}, published / ours", ratios["V2", kind, "published"], wanted)
+    bench.at_least("PxAP histograms, numpy / ours", histograms, 6)
+    bench.at_most(
+        "V2 time, 1000 / 10 thresholds", ours_at["CAM 14x14"] / own["V2", "CAM 14x14", 224, 10], 1.15
+    )
+    bench.at_most("V2 time, white noise / CAM 14x14", ours_at["white noise"] / ours_at["CAM 14x14"], 3)
+    return bench.finish()
 
 
 if __name__ == "__main__":

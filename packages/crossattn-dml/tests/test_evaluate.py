@@ -107,7 +107,9 @@ def test_command_prints_and_writes(run, source, tmp_path, capsys):
     trained = json.loads((run / "metrics.json").read_text())["metrics"]
     for name in ("recall@1", "map_at_r", "nmi"):
         assert found["embedding"][name] == pytest.approx(trained[name])
-    assert "Best cases" in (out / "report.html").read_text()
+    report = (out / "report.html").read_text()
+    assert "Best cases" in report
+    assert "16 images of split test, 4 classes" in report
 
 
 def test_command_refuses(run, source, refused, tmp_path):

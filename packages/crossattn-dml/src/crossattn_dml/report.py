@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from attnmap_core.data.sources import ImageData
 from attnmap_core.files import atomic_folder, read_json, write_json
 from attnmap_core.model_card import Metric, write_card
@@ -110,7 +111,7 @@ def write_evaluation_report(
     """
     report = Report(
         title=f"{type(model).__name__} on {query.name}",
-        summary=f"{len(query)} images of split {query.split}, {len(query.labels)} classes"
+        summary=f"{len(query)} images of split {query.split}, {len(np.unique(query.targets))} classes"
         + (f", searching in {len(gallery)} of split {gallery.split}." if gallery is not None else "."),
         tables=[
             Table(title="Results", rows=[{"": name} | percent(row) for name, row in rows.items()], note=_NOTE)
