@@ -30,7 +30,9 @@ def summary(metric: str) -> str:
         rows = {row["model"]: row for row in found["rows"]}
         assert rows["baseline"][metric]["n"] == 8
         line = {metric: title, "baseline": shown(rows["baseline"][metric], 2)}
-        lines.append(line | {to: rows.get(row, {}).get(f"{metric} difference") for row, to in COLUMNS.items()})
+        lines.append(
+            line | {to: rows.get(row, {}).get(f"{metric} difference") for row, to in COLUMNS.items()}
+        )
     return markdown_table(lines)
 
 
