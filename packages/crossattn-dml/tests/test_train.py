@@ -113,8 +113,10 @@ def test_interrupted_run_resumes_exactly(tmp_path, monkeypatch, sampler, tiny, h
 @pytest.mark.multiprocess
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path, tiny, history):
-    launch(tmp_path / "two", 2, *tiny, "--gather", "--batch-size", "6", "--nmi-seeds", "0")
-    launch(tmp_path / "one", 1, *tiny, "--gather", "--batch-size", "12", "--nmi-seeds", "0")
+    # AdamW makes a step of the rate of every rounding error; the recipe's would be too large for a small ViT.
+    shared = (*tiny, "--gather", "--lr", "5e-4", "--nmi-seeds", "0")
+    launch(tmp_path / "two", 2, *shared, "--batch-size", "6")
+    launch(tmp_path / "one", 1, *shared, "--batch-size", "12")
     for name in ("model.safetensors", "stack.safetensors"):
         a, b = (load_file(tmp_path / run / "model" / name) for run in ("two", "one"))
         for key in a:
