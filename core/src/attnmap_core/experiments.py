@@ -138,7 +138,7 @@ class Runner:
             ]
             try:
                 return [one.result() for one in several]
-            except BaseException:
+            except BaseException:  # also an interrupt: leaving the pool would first make all runs that wait
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 

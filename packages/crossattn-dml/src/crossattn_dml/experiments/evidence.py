@@ -160,10 +160,10 @@ def search_arm(
 
 def trial_of(options: SearchOptions, arm: str, stage: str, changes: dict[str, Any]) -> Trial:
     """A setting's mean over the seeds, from the last epoch's numbers on held-out classes: tests are not looked at."""
-    measured: dict[str, Any] = {"select_on": "val", "val_share": options.val_share, "nmi_seeds": 0}
-    measured["evaluate_every"] = recipe_config(options.recipe, options.overrides()).epochs
+    held_out: dict[str, Any] = {"select_on": "val", "val_share": options.val_share, "nmi_seeds": 0}
+    held_out["evaluate_every"] = recipe_config(options.recipe, options.overrides()).epochs
     folder = options.out / arm / slug(changes)
-    asked = [(folder, seed, {**measured, **changes}) for seed in options.seeds]
+    asked = [(folder, seed, {**held_out, **changes}) for seed in options.seeds]
     runs = finished_together(options, options.recipe, asked, options.jobs)
     found: list[dict[str, float]] = [run.epochs()[-1]["metrics"] for run in runs]
     recall = next(name for name in found[0] if name.startswith("recall@"))
