@@ -115,10 +115,17 @@ def test_unknown_verb(main: Main, calls: Calls) -> None:
     assert calls == []
 
 
-@pytest.mark.parametrize("argument", ["--epoch", "--epoch=3", "--epohcs"])
+@pytest.mark.parametrize("argument", ["--epoch", "--epoch=3", "--epohcs", "--ep"])
 def test_unknown_field(main: Main, calls: Calls, argument: str) -> None:
-    assert_one_line(main("train", "toy-fast", argument, "7"), "no field --epo", "did you mean --epochs?")
+    assert_one_line(main("train", "toy-fast", argument, "7"), "no field --ep", "did you mean --epochs?")
     assert calls == []
+
+
+def test_unknown_field_that_is_like_no_other(main: Main) -> None:
+    """Not a list of the hundred fields that there are."""
+    said = main("train", "toy-fast", "--xyzzy", "7")
+    assert_one_line(said, "no field --xyzzy (toy train toy-fast --help lists all)")
+    assert "--epochs" not in said[2]
 
 
 def test_unknown_recipe(main: Main) -> None:

@@ -162,6 +162,16 @@ def test_three_processes_resume_exactly(tmp_path):
 
 
 @pytest.mark.multiprocess
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the names of threads are read from /proc")
+def test_no_thread_of_a_process_group_outlives_it(tmp_path):
+    """One that is left can abort the exit, now and then: it asks for an interpreter that has ended."""
+    done = launch({"folder": str(tmp_path / "run"), "config": {"epochs": 1}})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("threads left:") == 2
+    assert "gloo" not in done.stdout
+
+
+@pytest.mark.multiprocess
 def test_two_processes_equal_one_with_twice_the_batch(two_processes, tmp_path):
     tiny_runs.run(tmp_path, {**PLAIN, "batch_size": 8})
     assert_close_weights(weights(tmp_path), weights(two_processes / "plain"))

@@ -13,7 +13,7 @@ import errno
 import io
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -140,8 +140,8 @@ def parse(
     for argument in arguments:
         given = argument[2:].split("=")[0].replace("_", "-")
         if argument.startswith("--") and given not in names:
-            hint = _did_you_mean(given, names, "--")
-            raise InputError(f"{command}: no field --{given}; {hint} ({command} --help lists all)")
+            close = [f"; did you mean --{name}?" for name in _closest(given, names)]
+            raise InputError(f"{command}: no field --{given}{''.join(close)} ({command} --help lists all)")
     said = io.StringIO()
     try:
         # tyro explains a bad value in a framed box; the one line that every other error has is made of it.
@@ -369,9 +369,15 @@ def _table(rows: Any) -> str:
     return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
 
 
-def _did_you_mean(name: str, known: Any, prefix: str = "") -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(sorted(known))}"
+def _closest(name: str, known: Iterable[str]) -> list[str]:
+    """The first known name that begins with this one, else the one that is most like it, else nothing."""
+    known = sorted(known)
+    return [one for one in known if one.startswith(name)][:1] or difflib.get_close_matches(name, known, n=1)
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = _closest(name, known)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
 
 
 def _say(text: str) -> None:

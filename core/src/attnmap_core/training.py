@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fnmatch
+import importlib
 import importlib.util
 import json
 import logging
@@ -486,6 +487,10 @@ def start_processes() -> PartialState:
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
         launcher += ["--master_addr", address, "--master_port", port]
         os.execv(sys.executable, [sys.executable, *launcher, *command])
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Its functions take the group that is open at the import for a default argument. If PyTorch imports it
+        # later, they keep the group alive after its end, and gloo's threads then abort the exit now and then.
+        importlib.import_module("torch.distributed.nn.functional")
     cpu = _is_on("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state: PartialState = import_training_extra("accelerate").PartialState(cpu=cpu)
     if state.num_processes == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
