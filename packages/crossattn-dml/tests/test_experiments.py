@@ -152,6 +152,20 @@ def test_search_gives_both_arms_as_many_trials_and_keeps_the_best(monkeypatch):
     assert abs(counts["baseline"] - counts["method"]) <= 2  # what was tried before is not tried again
 
 
+@pytest.mark.slow
+def test_variants_are_compared_on_held_out_classes(changes, tmp_path):
+    arguments = ["reproduce", "variants", *changes, "--seeds", "0", "1", "--out", str(tmp_path / "v")]
+    arguments += ["--val-share", "0.34", "--changes.batch_size", "8"]
+    assert main([*arguments, "--variants", "stack=false", "width=8, conditional_warmup_epochs=1"]) == 0
+    rows = {row["model"]: row for row in table(tmp_path / "v")["rows"]}
+    assert list(rows) == ["as in the recipe", "stack=false", "width=8, conditional_warmup_epochs=1"]
+    assert rows["stack=false"]["mAP@R"]["n"] == 2
+    assert "[" in rows["stack=false"]["mAP@R difference"]
+    recipe = (tmp_path / "v/runs/conditional_warmup_epochs-1_width-8/seed1/recipe.toml").read_text()
+    for line in ('select_on = "val"', "width = 8", "conditional_warmup_epochs = 1", "seed = 1"):
+        assert line in recipe
+
+
 def test_arms_of_the_evidence(tmp_path):
     path = tmp_path / "chosen.json"
     path.write_text(
@@ -191,4 +205,8 @@ def test_bad_input_is_one_line(run, looked_at, refused, tmp_path):
     )
     assert "--queries 0" in refused("reproduce", "neighbours", *looked_at[:4], "--queries", "0", *out)
     assert "--batches 0" in refused("reproduce", "fig-gradients", "--batches", "0", *out)
+    assert "expected field=value" in refused("reproduce", "variants", "--variants", "width:8", *out)
+    assert "no field widht; did you mean width?" in refused(
+        "reproduce", "variants", "--variants", "widht=8", *out
+    )
     assert "no such table or figure" in refused("reproduce", "fig-gradient")

@@ -55,6 +55,29 @@ def test_tokens_of_a_cnn_are_row_major():
             assert torch.equal(found.tokens[:, r * w + c], feature_map[:, :, r, c])
 
 
+@pytest.mark.parametrize("fc_norm", [False, True])
+def test_tokens_before_the_final_norm(fc_norm, tmp_path):
+    """For the stack alone: embeddings and score maps are those of the same network that gives normed tokens."""
+    options = {"backbone_options": TINY | {"fc_norm": fc_norm, "final_norm": True}}
+    model, normed = tiny(memory="pre_norm", **options), tiny(**options)
+    with torch.no_grad():  # other than what it starts with
+        model.norm.weight.uniform_(0.5, 2)
+        model.norm.bias.uniform_(-1, 1)
+    net = normed.backbone.model
+    ending = net.fc_norm if fc_norm else net.norm
+    ending.load_state_dict(model.norm.state_dict())
+    seen = []
+    ending.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:, 1:]))
+    model.save_pretrained(tmp_path)
+    for one in (model.eval(), EmbeddingModel.from_pretrained(tmp_path).eval()):
+        with torch.no_grad():
+            ours, theirs = one(images()), normed.eval()(images())
+            torch.testing.assert_close(ours.tokens, seen[-1])
+            assert not torch.allclose(ours.tokens, theirs.tokens, atol=0.1)
+            torch.testing.assert_close(ours.embeddings, theirs.embeddings)
+            torch.testing.assert_close(one.localize(images())[1], normed.localize(images())[1])
+
+
 def test_score_map_tells_the_embedding_apart_by_location():
     model = tiny().eval()
     with torch.no_grad():
@@ -132,6 +155,11 @@ def test_search():
         ({"embedding_dim": 0}, "embedding_dim 0: expected 1 or more"),
         ({"pool": "max"}, "pool max: expected avg"),
         ({"batch_norm": "off"}, "batch_norm off: expected frozen"),
+        ({"memory": "all"}, "memory all: expected normed"),
+        (
+            {"memory": "pre_norm", "backbone": "resnet10t", "backbone_options": {}},
+            "memory pre_norm: .* got resnet10t",
+        ),
         ({"backbone_options": {}, "backbone": "resnt50"}, "resnt50"),
     ],
 )

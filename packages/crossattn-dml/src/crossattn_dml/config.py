@@ -12,7 +12,7 @@ from attnmap_core.training import TrainConfig
 
 from .cross_attention import Hierarchy, Init, Mode, Positions, Similarity
 from .losses import PROXY_LOSSES, TRIPLET_LOSSES, LossName, Miner, Supervise
-from .model import BatchNorm, Pool
+from .model import BatchNorm, Memory, Pool
 from .samplers import Sampler
 from .zero_shot import ClassSplit, ZeroShotData, load_zero_shot
 
@@ -69,6 +69,8 @@ class DmlConfig(TrainConfig):
     """Of each block."""
     width: int | None = None
     """Channels inside the stack; those of the embedding where none."""
+    memory: Memory = "normed"
+    """Tokens that it reads: ``normed`` by the final norm of a ViT, or ``pre_norm``, as they were before it."""
     hierarchy: Hierarchy = "mutual"
     """``mutual``: both images of a pair keep a stream; ``running``: one stream starts at the partner."""
     similarity: Similarity = "mutual"

@@ -25,6 +25,7 @@ from torch.nn import functional
 
 Pool = Literal["avg", "avg+max"]
 BatchNorm = Literal["frozen", "fixed", "trained"]
+Memory = Literal["normed", "pre_norm"]
 
 
 class Embedded(NamedTuple):
@@ -32,7 +33,8 @@ class Embedded(NamedTuple):
 
     Attributes:
         embeddings: ``(b, d)``, ``u``, not normalised.
-        tokens: ``(b, n, c)`` ``X``, the locations of the feature map, row-major; without class token.
+        tokens: ``(b, n, c)`` ``X``, the locations of the feature map, row-major; without class token. What the stack
+            reads: with ``memory="pre_norm"`` as they were before the ViT's final norm.
         grid: ``(h, w)`` of them.
     """
 
@@ -59,6 +61,8 @@ class EmbeddingModel(
         pool: mean over the locations, or ``"avg+max"``, the mean plus the maximum.
         batch_norm: in training: ``"frozen"`` uses the running statistics and leaves them, ``"fixed"`` does not train
             the scales and shifts either, ``"trained"`` is plain batch norm. ``train()`` keeps to it.
+        memory: tokens that the stack reads: ``"normed"`` by the final norm of a ViT, as the embedding pools them, or
+            as they were before it, ``"pre_norm"``.
         drop_path_rate: largest stochastic depth rate, growing linearly over the blocks; training only.
         threshold: share of a score map's maximum above which pixels make boxes.
         preprocessing: fields of :class:`attnmap_core.data.transforms.Preprocessing`; default: the whole photo at
@@ -92,6 +96,7 @@ class EmbeddingModel(
         *,
         pool: Pool = "avg",
         batch_norm: BatchNorm = "frozen",
+        memory: Memory = "normed",
         drop_path_rate: float = 0.0,
         threshold: float = 0.3,
         preprocessing: dict[str, Any] | None = None,
@@ -106,6 +111,8 @@ class EmbeddingModel(
             raise InputError(f"pool {pool}: expected avg or avg+max; choose one")
         if batch_norm not in ("frozen", "fixed", "trained"):
             raise InputError(f"batch_norm {batch_norm}: expected frozen, fixed or trained; choose one")
+        if memory not in ("normed", "pre_norm"):
+            raise InputError(f"memory {memory}: expected normed or pre_norm; choose one")
         size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
         self.pool: Pool = pool
         self.batch_norm: BatchNorm = batch_norm
@@ -117,12 +124,25 @@ class EmbeddingModel(
             drop_path_rate=drop_path_rate,
             **backbone_options or {},
         )
+        self.norm = nn.Identity() if memory == "normed" else self._take_final_norm()
         self.embedding_dim, self.memory_dim = embedding_dim, self.backbone.num_features
         self.head = nn.Linear(self.memory_dim, embedding_dim)
         if batch_norm == "fixed":
             for module in self._batch_norms():
                 module.requires_grad_(False)
         self.train()
+
+    def _take_final_norm(self) -> nn.Module:
+        """The norm that ends a ViT, out of the backbone: it treats each token alone and is as good after it."""
+        net: Any = self.backbone.model
+        for name in ("norm", "fc_norm"):
+            norm = getattr(net, name, None)
+            if isinstance(norm, nn.LayerNorm):
+                setattr(net, name, nn.Identity())
+                return norm
+        raise InputError(
+            f"memory pre_norm: expected a ViT that ends in a LayerNorm, got {self.backbone.name}; use normed"
+        )
 
     def _batch_norms(self) -> list[nn.Module]:
         return [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]  # pyright: ignore[reportPrivateUsage]
@@ -141,9 +161,10 @@ class EmbeddingModel(
         tokens = features.tokens
         if tokens is None:
             tokens = rearrange(features.map, "b c h w -> b (h w) c")
-        pooled = tokens.mean(1)
+        normed = self.norm(tokens)
+        pooled = normed.mean(1)
         if self.pool == "avg+max":
-            pooled = pooled + tokens.amax(1)
+            pooled = pooled + normed.amax(1)
         return Embedded(self.head(pooled), tokens, features.grid)
 
     def localize(self, images: Tensor) -> Localization:
@@ -155,7 +176,7 @@ class EmbeddingModel(
         """
         found = self(images)
         z = functional.normalize(found.embeddings, dim=1, eps=1e-12)
-        maps = torch.einsum("bd,bnd->bn", z, self.head(found.tokens))
+        maps = torch.einsum("bd,bnd->bn", z, self.head(self.norm(found.tokens)))
         return Localization(z, rearrange(maps, "b (h w) -> b h w", h=found.grid[0]))
 
     # --- Use ---

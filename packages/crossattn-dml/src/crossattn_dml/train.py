@@ -45,6 +45,7 @@ def build_model(config: DmlConfig) -> EmbeddingModel:
         config.image_size,
         pool=config.pool,
         batch_norm=config.batch_norm,
+        memory=config.memory,
         drop_path_rate=config.drop_path_rate,
         preprocessing=config.preprocessing().to_dict(),
         pretrained=config.pretrained,

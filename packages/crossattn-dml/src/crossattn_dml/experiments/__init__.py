@@ -35,6 +35,7 @@ REPRODUCTIONS: dict[str, Reproduction] = {
         ),
         ("levels", "levels:levels_command", "Recall@1 by the similarity of each level of the stack"),
         ("search", "evidence:search_command", "settings of both arms, chosen on held-out classes"),
+        ("variants", "variants:variants_command", "single settings on top of a recipe, on held-out classes"),
         (
             "evidence",
             "evidence:evidence_command",

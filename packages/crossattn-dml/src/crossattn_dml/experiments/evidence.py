@@ -159,16 +159,29 @@ def search_arm(
 
 
 def trial_of(options: SearchOptions, arm: str, stage: str, changes: dict[str, Any]) -> Trial:
-    """A setting's mean over the seeds, from the last epoch's numbers on held-out classes: tests are not looked at."""
-    held_out: dict[str, Any] = {"select_on": "val", "val_share": options.val_share, "nmi_seeds": 0}
-    held_out["evaluate_every"] = recipe_config(options.recipe, options.overrides()).epochs
-    folder = options.out / arm / slug(changes)
-    asked = [(folder, seed, {**held_out, **changes}) for seed in options.seeds]
-    runs = finished_together(options, options.recipe, asked, options.jobs)
-    found: list[dict[str, float]] = [run.epochs()[-1]["metrics"] for run in runs]
-    recall = next(name for name in found[0] if name.startswith("recall@"))
-    values = {name: 100 * float(np.mean([row[name] for row in found])) for name in ("map_at_r", recall)}
-    return Trial(stage, changes, values["map_at_r"], values[recall])
+    """A setting's mean over the seeds on held-out classes."""
+    asked = [(options.out / arm / slug(changes), seed, changes) for seed in options.seeds]
+    found = on_held_out_classes(options, options.recipe, asked, options.val_share, options.jobs)
+    recall = next(name for name in found[0] if name.startswith("R@"))
+    return Trial(
+        stage, changes, *(float(np.mean([row[name] for row in found])) for name in ("mAP@R", recall))
+    )
+
+
+def on_held_out_classes(
+    options: RunOptions,
+    recipe: str,
+    asked: Sequence[tuple[Path, int, dict[str, Any]]],
+    val_share: float,
+    jobs: int,
+) -> list[dict[str, float]]:
+    """Percents of the last epoch of each folder, seed and change, on held-out training classes: never on tests."""
+    held_out: dict[str, Any] = {"select_on": "val", "val_share": val_share, "nmi_seeds": 0}
+    held_out["evaluate_every"] = recipe_config(recipe, options.overrides()).epochs
+    runs = finished_together(
+        options, recipe, [(out, seed, {**held_out, **changes}) for out, seed, changes in asked], jobs
+    )
+    return [percents(run.epochs()[-1]["metrics"]) for run in runs]
 
 
 @dataclass(frozen=True, kw_only=True)
