@@ -115,6 +115,7 @@ def test_main_and_evidence_compare_the_same_runs(changes, tmp_path):
     assert main([*arguments, "--out", str(tmp_path / "e")]) == 0
     found = {row["model"]: row for row in table(tmp_path / "e")["rows"]}
     assert list(found) == ["baseline", "baseline, lr x1.5", "method", "method, re-ranked 5"]
+    assert any(note.startswith("What re-ranking adds") for note in table(tmp_path / "e")["notes"])
     assert found["method, re-ranked 5"]["R@8"]["mean"] == pytest.approx(found["method"]["R@8"]["mean"])
     for name in ("R@1", "mAP@R"):
         assert found["method"][name]["mean"] == pytest.approx(rows["with blocks"][name]["mean"])

@@ -29,7 +29,7 @@ class Options(RunOptions):
 
     model: str = ""
     """Run folder with a stack; a run of the recipe where not given."""
-    recipe: str = "tiny-stack"
+    recipe: str = "tiny-mutual"
     """Recipe of that run, and of the data."""
     blocks: tuple[int, ...] = ()
     """Blocks to show, from 1; 2, 4 and 6 where the stack has them, else all."""

@@ -24,7 +24,7 @@ class Options(RunOptions):
 
     model: str = ""
     """Run folder with a stack; a run of the recipe where not given."""
-    recipe: str = "tiny-stack"
+    recipe: str = "tiny-mutual"
     """Recipe of that run, and of the data."""
     images: int = 200
     """Test images that search each other."""

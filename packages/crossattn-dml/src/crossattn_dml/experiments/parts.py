@@ -37,7 +37,7 @@ class Options(RunOptions):
 
     model: str = ""
     """Run folder with a stack; a run of the recipe where not given."""
-    recipe: str = "tiny-stack"
+    recipe: str = "tiny-mutual"
     """Recipe of that run, and of the data."""
     queries: tuple[int, ...] = ()
     """Places of query images in the test data; random ones where not given."""
