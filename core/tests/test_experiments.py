@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from attnmap_core.errors import InputError
 from attnmap_core.experiments import Runner
 
 TOY = """
-import json, os
+import json, os, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -30,6 +34,7 @@ def train(config, resume=False):
     if config.seed == 13:
         raise InputError("seed 13: bad luck")
     config.output_dir.mkdir(parents=True)
+    time.sleep(300 if config.seed >= 100 else 0)
     (config.output_dir / "recipe.toml").write_text(resolved_toml(config))
     (config.output_dir / "metrics.json").write_text(json.dumps({"seed": config.seed, "process": os.getpid()}))
 """
@@ -68,6 +73,53 @@ def test_errors_of_a_run_come_back(runner, tmp_path, jobs):
     with pytest.raises(InputError, match="seed 13: bad luck"):
         runner.finished_together(asked(tmp_path / "out", 13, 1), jobs)
     assert not (tmp_path / "out" / "13").exists()
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from attnmap_core.experiments import Runner
+from toy_runs import Config, train
+
+if __name__ == "__main__":
+    asked = [(Path(sys.argv[1]) / str(seed), "toy", {"seed": seed}) for seed in (100, 101, 102, 103)]
+    Runner(module="toy_runs", config=Config, train=train).finished_together(asked, 2)
+"""
+
+
+@pytest.mark.multiprocess
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups to send a Ctrl-C to")
+def test_an_interrupt_ends_all_runs_at_once(runner, tmp_path):
+    """Those at work would take minutes, and two more wait in the queue."""
+    script, out = tmp_path / "script.py", tmp_path / "out"
+    script.write_text(INTERRUPTED)
+    command = [sys.executable, str(script), str(out)]
+    started = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: out.is_dir() and len(list(out.iterdir())) == 2)
+        os.killpg(started.pid, signal.SIGINT)  # as a terminal does
+        _, said = started.communicate(timeout=60)
+        assert "KeyboardInterrupt" in said
+        assert sorted(folder.name for folder in out.iterdir()) == ["100", "101"]
+        wait_for(lambda: not group_lives(started.pid))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_what_is_refused(runner, tmp_path):

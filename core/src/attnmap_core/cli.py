@@ -95,8 +95,9 @@ def run(program: Program, arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
+        again = "again" if verb == "reproduce" else "with --resume"
         _complain(
-            program.name, "interrupted; run the same command with --resume to go on where it has checkpoints"
+            program.name, f"interrupted; run the same command {again} to go on where it has checkpoints"
         )
         return 130
     return 0

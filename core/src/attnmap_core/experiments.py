@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import multiprocessing
+import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -123,6 +124,7 @@ class Runner:
         Raises:
             InputError: for ``jobs`` below 1, a folder asked for twice (the same seed), and as :meth:`finished`; runs
                 that have not begun are then left out.
+            KeyboardInterrupt: at once, without the runs at work; called again, they go on from their checkpoints.
         """
         if jobs < 1:
             raise InputError(f"jobs {jobs}: expected 1 or more; 1 is one run at a time")
@@ -131,19 +133,25 @@ class Runner:
         if jobs == 1 or len(asked) < 2:
             return [self.finished(folder, recipe, **changes) for folder, recipe, changes in asked]
         fresh = multiprocessing.get_context("spawn")  # a fork would share CUDA and the state of Accelerate
-        level = logging.getLogger().level
+        level, others = logging.getLogger().level, set(multiprocessing.active_children())
         with ProcessPoolExecutor(min(jobs, len(asked)), fresh, _start_worker, (level,)) as pool:
             several = [
                 pool.submit(self.finished, folder, recipe, **changes) for folder, recipe, changes in asked
             ]
             try:
                 return [one.result() for one in several]
-            except BaseException:  # also an interrupt: leaving the pool would first make all runs that wait
+            except BaseException as error:  # leaving the pool would first make all runs that wait
                 pool.shutdown(wait=False, cancel_futures=True)
+                if not isinstance(error, Exception):  # an interrupt: nor does anybody wait for those at work
+                    for worker in set(multiprocessing.active_children()) - others:
+                        worker.terminate()
                 raise
 
 
 def _start_worker(level: int) -> None:
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches all processes: the first one ends the others
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from attnmap_core import cli
 from attnmap_core.errors import InputError
-from attnmap_core.experiments import Run, RunOptions, paired_difference
+from attnmap_core.experiments import Run, RunOptions
 from attnmap_core.files import read_json, write_json
 from attnmap_core.recipes import run_record
 
@@ -224,13 +224,10 @@ def evidence_command(arguments: list[str]) -> None:
     measured = {row: [percents(run.metrics["metrics"]) for run in found] for row, found in of_row.items()}
     gained = None
     if options.rerank:
-        measured[f"method, re-ranked {options.rerank}"] = [reranked(run, options) for run in of_row["method"]]
-        plain, again = measured["method"], measured[f"method, re-ranked {options.rerank}"]
-        by = {
-            name: paired_difference([row[name] for row in again], [row[name] for row in plain], digits=2)
-            for name in ("R@1", "mAP@R")
-        }
-        gained = f"What re-ranking adds to the method: R@1 {by['R@1']}, mAP@R {by['mAP@R']}."
+        again = f"method, re-ranked {options.rerank}"
+        measured[again] = [reranked(run, options) for run in of_row["method"]]
+        _, line = table_rows({row: measured[row] for row in ("method", again)})
+        gained = f"What re-ranking adds to the method: R@1 {line['R@1 difference']}, mAP@R {line['mAP@R difference']}."
     config = recipe_config(options.recipe, options.overrides())
     if options.vary_classes and config.class_split != "random":
         logger.warning(
