@@ -76,12 +76,13 @@ def test_errors_of_a_run_come_back(runner, tmp_path, jobs):
 
 
 INTERRUPTED = """
-import sys
+import signal, sys
 from pathlib import Path
 from attnmap_core.experiments import Runner
 from toy_runs import Config, train
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     asked = [(Path(sys.argv[1]) / str(seed), "toy", {"seed": seed}) for seed in (100, 101, 102, 103)]
     Runner(module="toy_runs", config=Config, train=train).finished_together(asked, 2)
 """

@@ -135,10 +135,10 @@ class Runner:
         fresh = multiprocessing.get_context("spawn")  # a fork would share CUDA and the state of Accelerate
         level, others = logging.getLogger().level, set(multiprocessing.active_children())
         with ProcessPoolExecutor(min(jobs, len(asked)), fresh, _start_worker, (level,)) as pool:
-            several = [
-                pool.submit(self.finished, folder, recipe, **changes) for folder, recipe, changes in asked
-            ]
             try:
+                several = [
+                    pool.submit(self.finished, folder, recipe, **changes) for folder, recipe, changes in asked
+                ]
                 return [one.result() for one in several]
             except BaseException as error:  # leaving the pool would first make all runs that wait
                 pool.shutdown(wait=False, cancel_futures=True)
