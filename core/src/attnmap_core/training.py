@@ -8,6 +8,7 @@ stopped (on a CPU; on other devices as far as their kernels repeat themselves).
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import difflib
 import fnmatch
@@ -491,6 +492,7 @@ def start_processes() -> PartialState:
         # Its functions take the group that is open at the import for a default argument. If PyTorch imports it
         # later, they keep the group alive after its end, and gloo's threads then abort the exit now and then.
         importlib.import_module("torch.distributed.nn.functional")
+        atexit.register(_close_gloo)
     cpu = _is_on("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state: PartialState = import_training_extra("accelerate").PartialState(cpu=cpu)
     if state.num_processes == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -498,6 +500,12 @@ def start_processes() -> PartialState:
             "accelerate was used before start_processes() and takes this process for the only one"
         )
     return state
+
+
+def _close_gloo() -> None:
+    """At the exit, while there is an interpreter that its threads can ask for."""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
 
 
 def _is_on(variable: str) -> bool:

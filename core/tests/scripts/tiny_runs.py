@@ -6,6 +6,7 @@ directly.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -146,13 +147,14 @@ def run(
     return result, model
 
 
+def say_threads() -> None:
+    if Path("/proc/self/task").is_dir():  # Linux
+        print("threads left:", *(task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")))
+
+
 if __name__ == "__main__":
+    atexit.register(say_threads)  # the first one to register is the last one to be called
     start_processes()
     for one in json.loads(sys.argv[1]):
         with contextlib.suppress(Stopped):
             run(one.pop("folder"), one.pop("config"), **one)
-    from accelerate import PartialState
-
-    PartialState().destroy_process_group()
-    if Path("/proc/self/task").is_dir():  # Linux
-        print("threads left:", *(task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")))
